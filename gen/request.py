@@ -1,0 +1,366 @@
+"""The data that travels: what to make (Request), how to run it (Settings), what happens (Event, Result).
+
+An Input describes one value a model takes. The same tuple of Inputs becomes the flags of the command line, the form
+of the page and the schema of the API, and `check` is the one door through which a value comes in.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from gen.errors import GenError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SEED_LIMIT = 2**63  # seeds are 0 <= seed < SEED_LIMIT, what torch.Generator and SQLite both hold
+TEXT_LIMIT = 4000  # characters; about three times what 300 tokens hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One value that a model takes.
+
+    `default` None means: left out, the weights (width, height) or the program (seed) decide.
+    `argument` is the pipeline's own word for it; empty for values that the engine uses itself.
+    """
+
+    name: str
+    kind: str  # text | integer | number | choice | seed | size: a key of CHECKS
+    label: str
+    help: str
+    argument: str
+    default: Any = None
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None  # for sizes a rule (values are multiples of it), else only the step of a slider
+    choices: tuple[str, ...] | None = None
+    required: bool = False
+    advanced: bool = False
+
+    def check(self, value: Any) -> Any:
+        """The value in its normal form and type; None (or an empty string for a non-text) becomes the default."""
+        if value is None or (value == "" and self.kind != "text"):
+            if self.required:
+                raise self.error(f"{self.label} is missing.", f"Give one: {self.help}")
+            return self.default
+        return CHECKS[self.kind](self, value)
+
+    def error(self, message: str, hint: str) -> GenError:
+        return GenError(message, hint, "bad_input")
+
+    def limits(self) -> str:
+        """`64 to 256` and the like, for messages and help."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.minimum is None or self.maximum is None:
+            return ""
+        return f"{self.minimum:g} to {self.maximum:g}" + (f" in steps of {self.step:g}" if self.kind == "size" else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema of this input, as `gen show --json` and the API give it."""
+        fields = ("name", "kind", "label", "help", "default", "minimum", "maximum", "step", "choices", "required")
+        return {name: getattr(self, name) for name in (*fields, "advanced") if getattr(self, name) is not None}
+
+
+def _shown(value: Any) -> str:
+    """A value as an error message quotes it: never longer than a line."""
+    text = str(value) if not isinstance(value, str) else f"'{value}'"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_text(of: Input, value: Any) -> str:
+    if not isinstance(value, str):
+        raise of.error(f"{of.label} must be text, not {_shown(value)}.", "Put the words in quotes.")
+    if of.required and not value.strip():
+        raise of.error(f"{of.label} is empty, so there is nothing to draw.", 'Say what to draw, e.g. "a red cube".')
+    if len(value) > TEXT_LIMIT:
+        raise of.error(
+            f"{of.label} has {len(value):,} characters; at most {TEXT_LIMIT:,} are accepted, "
+            "and the model reads only about the first 1,300.",
+            "Shorten it to what the picture shows.",
+        )
+    if not value.isprintable():
+        # Surrogates are bytes that were no UTF-8; NUL and other controls cannot be stored in a PNG text.
+        bad = next((c for c in value if not c.isprintable() and not c.isspace() and not _is_format(c)), None)
+        if bad is not None:
+            raise of.error(
+                f"{of.label} contains the character U+{ord(bad):04X}, which is not text.",
+                "Remove it, or save the file as UTF-8.",
+            )
+    return value.strip()
+
+
+def _is_format(character: str) -> bool:
+    """Joiners and direction marks are not `printable` to Python and yet belong to emoji and many scripts."""
+    import unicodedata
+
+    return unicodedata.category(character) == "Cf"
+
+
+def _check_integer(of: Input, value: Any) -> int:
+    hint = f"Give a whole number, {of.limits()}."
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        if isinstance(value, str):
+            number = int(value.strip())
+        elif isinstance(value, float):  # forms and JSON write 20 as 20.0
+            number = int(value)
+            if number != value:
+                raise ValueError
+        else:
+            number = operator.index(value)
+    except (TypeError, ValueError, OverflowError):
+        raise of.error(f"{of.label} must be a whole number, not {_shown(value)}.", hint) from None
+    _check_limits(of, number, hint)
+    return number
+
+
+def _check_number(of: Input, value: Any) -> float:
+    hint = f"Give a number, {of.limits()}."
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise of.error(f"{of.label} must be a number, not {_shown(value)}.", hint) from None
+    if not math.isfinite(number):
+        raise of.error(f"{of.label} must be a finite number, not {number}.", hint)
+    _check_limits(of, number, hint)
+    return number
+
+
+def _check_limits(of: Input, number: float, hint: str) -> None:
+    low, high = of.minimum, of.maximum
+    if low is not None and number < low:
+        raise of.error(f"{of.label} {_shown(number)} is too small; the smallest is {low:g}.", hint)
+    if high is not None and number > high:
+        raise of.error(f"{of.label} {_shown(number)} is too large; the largest is {high:g}.", hint)
+
+
+def _check_choice(of: Input, value: Any) -> str:
+    choices = of.choices or ()
+    if value not in choices:
+        hint = did_you_mean(str(value), choices) or f"Choose one of {', '.join(choices)}."
+        raise of.error(f"{of.label} cannot be {_shown(value)}.", hint)
+    return str(value)
+
+
+def _check_seed(of: Input, value: Any) -> int:
+    hint = f"Give a whole number from 0 to {SEED_LIMIT - 1}, or leave the seed out to have one drawn."
+    try:
+        seed = _check_integer(of, value)
+    except GenError as error:
+        raise of.error(error.message, hint) from None
+    if not 0 <= seed < SEED_LIMIT:
+        raise of.error(f"Seed {_shown(seed)} is out of range.", hint)
+    return seed
+
+
+def _check_size(of: Input, value: Any) -> int:
+    size = _check_integer(of, value)
+    multiple = int(of.step or 1)
+    if size % multiple:
+        near = sorted({size // multiple * multiple, -(-size // multiple) * multiple})
+        allowed = [str(n) for n in near if (of.minimum or 1) <= n <= (of.maximum or math.inf)]
+        raise of.error(
+            f"{of.label} {size} is not a multiple of {multiple}, the smallest step these weights can draw.",
+            f"Try {' or '.join(allowed)}.",
+        )
+    return size
+
+
+CHECKS = {
+    "text": _check_text,
+    "integer": _check_integer,
+    "number": _check_number,
+    "choice": _check_choice,
+    "seed": _check_seed,
+    "size": _check_size,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to make: complete, checked and immutable. Make one with `Request.build` or `Request.from_json`.
+
+    Picture n of `count` has the seed (seed + n) % 2**63 and is bit-equal to the single picture of that seed.
+    """
+
+    model: str
+    weights: str  # the tag, e.g. "toy"
+    inputs: Mapping[str, Any]
+    seed: int
+    count: int = 1
+
+    @classmethod
+    def build(
+        cls,
+        model: str,  # "pixart-sigma" (the best installed weights) or "pixart-sigma:toy"
+        values: Mapping[str, Any],  # by the names of the model's inputs; "seed" and "count" may be among them
+        seed: int | None = None,  # None: as in values, else drawn
+        count: int | None = None,  # None: as in values, else 1
+    ) -> Request:
+        """Check everything that can be checked without loading weights, and fill in the defaults.
+
+        Raises GenError: unknown_model, not_installed, unknown_option, bad_input.
+        """
+        from gen import catalog
+
+        row, tag = catalog.find(model)
+        tag, _, _ = catalog.choose(row, tag)
+        inputs = {one.name: one for one in row.inputs_for(tag)}
+        given = dict(values)
+        for name, value in (("seed", seed), ("count", count)):
+            if value is not None:
+                given[name] = value
+        for name in given:
+            if name not in inputs:
+                raise catalog.not_taken(row, name)
+        checked = {name: one.check(given.get(name)) for name, one in inputs.items()}
+        drawn = checked.pop("seed")
+        return cls(
+            model=row.name,
+            weights=tag,
+            seed=draw_seed() if drawn is None else drawn,
+            count=checked.pop("count"),
+            inputs=MappingProxyType(checked),
+        )
+
+    @property
+    def seeds(self) -> list[int]:
+        return [(self.seed + n) % SEED_LIMIT for n in range(self.count)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "inputs": dict(self.inputs),
+            "seed": self.seed,
+            "count": self.count,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Request:
+        """Read what to_json wrote, or what a stranger sent: everything is checked again."""
+        if not isinstance(data, Mapping):
+            raise GenError("A request must be a JSON object.", 'Send {"model": ..., "inputs": {...}}.', "bad_input")
+        known = ("model", "weights", "inputs", "seed", "count")
+        for key in data:
+            if key not in known:
+                raise GenError(
+                    f"A request has no field {_shown(key)}.",
+                    did_you_mean(str(key), known) or f"Its fields are {', '.join(known)}.",
+                    "bad_input",
+                )
+        model, weights, inputs = data.get("model"), data.get("weights"), data.get("inputs", {})
+        if not isinstance(model, str) or not isinstance(weights, str | None) or not isinstance(inputs, Mapping):
+            raise GenError(
+                "A request needs the model's name (text), optionally a weights tag (text), and inputs (an object).",
+                'Send {"model": "pixart-sigma", "inputs": {"prompt": "a red cube"}}.',
+                "bad_input",
+            )
+        return cls.build(f"{model}:{weights}" if weights else model, inputs, data.get("seed"), data.get("count"))
+
+
+def draw_seed() -> int:
+    """A fresh seed. Below 2**32 although more is accepted: short enough to be read out and typed."""
+    import secrets
+
+    return secrets.randbelow(2**32)
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to run a request: changes speed, memory and place, and pixels only by rounding."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
+    output: Path | None = None  # a folder, or a file ending in .png for a single picture; None: GEN_HOME/outputs
+    preview: bool = True  # attach a small picture to step events
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One picture on disk with its row in the library."""
+
+    id: str
+    path: Path
+    seed: int
+    width: int  # pixels
+    height: int  # pixels
+    seconds: float
+    recipe: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "path": str(self.path),
+            "seed": self.seed,
+            "width": self.width,
+            "height": self.height,
+            "seconds": round(self.seconds, 3),
+            "recipe": self.recipe,
+        }
+
+
+STAGES = ("loading", "encoding", "denoising", "decoding", "saving")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened during a run.
+
+    kind      fields that matter
+    stage     stage (one of STAGES), note, image, images
+    step      index (from 1) of count, image, images, preview, eta_seconds (of the whole request; None: not known yet)
+    note      note: a warning, or a choice made for the user
+    result    result: one picture is saved
+    done      results: all pictures of the request
+    failed    error: {code, message, hint}. Only from gen.jobs; engine.run raises instead
+    """
+
+    kind: str
+    stage: str = ""
+    note: str = ""
+    index: int = 0
+    count: int = 0
+    image: int = 0  # which picture of the request, from 0
+    images: int = 1
+    eta_seconds: float | None = None
+    preview: Image | None = None
+    result: Result | None = None
+    results: tuple[Result, ...] = ()
+    error: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Only the fields that matter to the kind; previews are left out."""
+        shown: dict[str, Any] = {"event": self.kind}
+        if self.kind in ("stage", "step"):
+            shown |= {"image": self.image, "images": self.images}
+        if self.kind == "stage":
+            shown["stage"] = self.stage
+        if self.kind == "step":
+            eta = None if self.eta_seconds is None else round(self.eta_seconds, 2)
+            shown |= {"index": self.index, "count": self.count, "eta_seconds": eta}
+        if self.note:
+            shown["note"] = self.note
+        if self.result is not None:
+            shown["result"] = self.result.to_json()
+        if self.kind == "done":
+            shown["results"] = [result.to_json() for result in self.results]
+        if self.kind == "failed":
+            shown["error"] = dict(self.error)
+        return shown
