@@ -1,4 +1,5 @@
-"""The table of models, the one place where a model is added: the command line, page, API and tests follow the row.
+"""The table of models, the one place where a model is added: command line, page, API and tests follow the
+row.
 
 Pipelines are named by string and imported only when the model runs, so that `gen list` starts at once.
 """
@@ -16,7 +17,7 @@ from weights import registry, store
 
 @dataclass(frozen=True, kw_only=True)
 class Expect:
-    """What `gen evaluate` must find for these weights: below `gate` is a failure, `goal` is what we work towards."""
+    """What `gen evaluate` must find for these weights: below `gate` is a failure, `goal` is the aim."""
 
     weights: str  # the tag
     metric: str
@@ -31,7 +32,7 @@ class Model:
     name: str  # what people type
     summary: str  # one line for `gen list`, the page and the API
     pipeline: str  # "module:Class"
-    weights: Mapping[str, str]  # tag -> key of weights.registry, best first; the first installed one is used, and said
+    weights: Mapping[str, str]  # tag -> key of weights.registry, best first
     makes: str  # "image"
     inputs: tuple[Input, ...]  # in the order of the form
     max_tokens: int = 0  # of the prompt; what goes beyond is cut, and said. 0: takes no text
@@ -45,7 +46,8 @@ class Model:
         facts = self.checkpoint(tag)
         sized = {"default": facts.native_size, "minimum": facts.smallest, "maximum": facts.largest}
         return tuple(
-            replace(one, step=facts.size_multiple, **sized) if one.kind == "size" else one for one in self.inputs
+            replace(one, step=facts.size_multiple, **sized) if one.kind == "size" else one
+            for one in self.inputs
         )
 
 
@@ -65,7 +67,9 @@ NEGATIVE_PROMPT = Input(
     argument="negative_prompt",
     default="",
 )
-WIDTH = Input(name="width", kind="size", label="Width", help="pixels, default the weights' own size", argument="width")
+WIDTH = Input(
+    name="width", kind="size", label="Width", help="pixels, default the weights' own size", argument="width"
+)
 HEIGHT = replace(WIDTH, name="height", label="Height", argument="height")
 STEPS = Input(
     name="steps",
@@ -153,13 +157,15 @@ def find(reference: str) -> tuple[Model, str | None]:
     if colon and tag not in row.weights:
         known = f"Its weights are {', '.join(row.weights)}; `gen show {name}` tells more."
         raise GenError(
-            f"{name} has no weights '{tag[:60]}'.", did_you_mean(tag[:60], row.weights) or known, "unknown_model"
+            f"{name} has no weights '{tag[:60]}'.",
+            did_you_mean(tag[:60], row.weights) or known,
+            "unknown_model",
         )
     return row, tag or None
 
 
 def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]:
-    """The tag asked for, or else the best installed one, with its facts and its folder. Raises not_installed."""
+    """The tag asked for, else the best installed one, with its facts and folder. Raises not_installed."""
     for candidate in (tag,) if tag else row.weights:
         folder = store.find(row.weights[candidate])
         if folder is not None:
@@ -170,10 +176,11 @@ def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]
             "The installation is incomplete: install gen-studio again, or set GEN_WEIGHTS_DIR.",
             "not_installed",
         )
+    facts = row.checkpoint(tag)
+    how = f"hf download {facts.repo_id}" if facts.repo_id else f"gen train {facts.recipe}"
     raise GenError(
         f"The weights {row.name}:{tag} are not on this machine.",
-        "Choose installed ones (`gen list` marks them), or fetch them first: "
-        + (f"hf download {row.checkpoint(tag).repo_id}" if row.checkpoint(tag).repo_id else f"gen train {row.name}:{tag}"),
+        f"Take installed ones (`gen list` marks them), or get these first: {how}",
         "not_installed",
     )
 

@@ -21,7 +21,7 @@ class Kind:
 
 REGISTRY: dict[str, Kind] = {
     "failed": Kind(1, 500, "Something expected to be possible failed, and no more precise code fits."),
-    "output_not_writable": Kind(1, 500, "The picture or the history cannot be written to the place asked for."),
+    "output_not_writable": Kind(1, 500, "The picture or the history cannot be written to its place."),
     "bad_input": Kind(2, 422, "A value is missing, malformed or outside its limits."),
     "unknown_model": Kind(2, 404, "There is no model, or no weights of the model, of this name."),
     "unknown_option": Kind(2, 422, "The model does not take this option."),
@@ -36,7 +36,7 @@ REGISTRY: dict[str, Kind] = {
 
 
 class GenError(Exception):
-    """An expected failure: `message` says what and why, `hint` what to do now, `code` is a key of REGISTRY."""
+    """An expected failure: `message` says what and why, `hint` what now, `code` is a key of REGISTRY."""
 
     def __init__(self, message: str, hint: str, code: str) -> None:
         assert code in REGISTRY, f"{code!r} is not in gen.errors.REGISTRY"

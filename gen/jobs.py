@@ -1,7 +1,7 @@
 """Work in the background: the page submits a request, watches its events, and may go away and come back.
 
-One worker thread of this process runs the requests in order. Jobs live in memory; the durable queue will keep this
-interface. Closing a watcher never stops a job; only `cancel` does, within one step.
+One worker thread of this process runs the requests in order. Jobs live in memory; the durable queue will keep
+this interface. Closing a watcher never stops a job; only `cancel` does, within one step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from gen.errors import GenError
@@ -66,7 +66,7 @@ def submit(request: Request, settings: Settings | None = None) -> str:
         for old in finished[: max(0, len(finished) - KEEP)]:
             del _jobs[old]
         if _worker is None or not _worker.is_alive():
-            # A daemon, so that a forgotten job never keeps the program from ending; _close stops it in good order.
+            # A daemon: a forgotten job does not keep the program alive, and _close stops it in good order.
             _worker = threading.Thread(target=_work, name="gen-jobs", daemon=True)
             _worker.start()
         _changed.notify_all()
@@ -85,7 +85,8 @@ def watch(id: str, after: int = 0) -> Iterator[Event]:
 def _follow(job: _Job, after: int) -> Iterator[Event]:
     while True:
         with _changed:
-            _changed.wait_for(lambda: len(job.events) > after or job.over)
+            while len(job.events) <= after and not job.over:
+                _changed.wait()
             fresh = job.events[after:]
             if not fresh:
                 return
@@ -94,7 +95,7 @@ def _follow(job: _Job, after: int) -> Iterator[Event]:
 
 
 def cancel(id: str) -> None:
-    """Stop the job within one step, or take it out of the queue. A finished job stays as it is. Raises not_found."""
+    """Stop the job within one step, or take it out of the queue; a finished one stays. Raises not_found."""
     job = _find(id)
     with _changed:
         job.stop = True
@@ -108,7 +109,7 @@ def state(id: str) -> str:
     return _find(id).state
 
 
-def list() -> list[JobInfo]:
+def list() -> Sequence[JobInfo]:
     """All remembered jobs, newest first."""
     with _changed:
         return [
@@ -121,7 +122,11 @@ def _find(id: str) -> _Job:
     with _changed:
         job = _jobs.get(id)
     if job is None:
-        raise GenError(f"No job '{id[:60]}'.", "Jobs are forgotten when the program ends; see `gen history`.", "not_found")
+        raise GenError(
+            f"No job '{id[:60]}'.",
+            "Jobs are forgotten when the program ends; see `gen history`.",
+            "not_found",
+        )
     return job
 
 
@@ -182,13 +187,15 @@ def _run(job: _Job) -> None:
         log.exception("job %s failed unexpectedly", job.id)
         path = library.log_bug(error)
         message = f"An unexpected error ended the job: {type(error).__name__}: {error}"
-        _finish(job, "failed", _failed(GenError(message, f"This is a bug; the details are in {path}.", "failed")))
+        _finish(
+            job, "failed", _failed(GenError(message, f"This is a bug; the details are in {path}.", "failed"))
+        )
     finally:
         events.close()
 
 
 def _close() -> None:
-    """At the end of the program: stop the running job at its next step, so that nothing is left half-written."""
+    """At the end of the program: stop the running job at its next step, with nothing half-written."""
     global _closing
     with _changed:
         _closing = True

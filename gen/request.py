@@ -1,7 +1,7 @@
 """The data that travels: what to make (Request), how to run it (Settings), what happens (Event, Result).
 
-An Input describes one value a model takes. The same tuple of Inputs becomes the flags of the command line, the form
-of the page and the schema of the API, and `check` is the one door through which a value comes in.
+An Input describes one value a model takes. The same tuple of Inputs becomes the flags of the command line,
+the form of the page and the schema of the API, and `check` is the one door through which a value comes in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class Input:
     advanced: bool = False
 
     def check(self, value: Any) -> Any:
-        """The value in its normal form and type; None (or an empty string for a non-text) becomes the default."""
+        """The value in its normal form and type; None, or "" for what is no text, becomes the default."""
         if value is None or (value == "" and self.kind != "text"):
             if self.required:
                 raise self.error(f"{self.label} is missing.", f"Give one: {self.help}")
@@ -61,12 +61,13 @@ class Input:
             return "one of " + ", ".join(self.choices)
         if self.minimum is None or self.maximum is None:
             return ""
-        return f"{self.minimum:g} to {self.maximum:g}" + (f" in steps of {self.step:g}" if self.kind == "size" else "")
+        steps = f" in steps of {self.step:g}" if self.kind == "size" else ""
+        return f"{self.minimum:g} to {self.maximum:g}{steps}"
 
     def to_json(self) -> dict[str, Any]:
         """The schema of this input, as `gen show --json` and the API give it."""
-        fields = ("name", "kind", "label", "help", "default", "minimum", "maximum", "step", "choices", "required")
-        return {name: getattr(self, name) for name in (*fields, "advanced") if getattr(self, name) is not None}
+        shown = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "argument"}
+        return {name: value for name, value in shown.items() if value is not None}
 
 
 def _shown(value: Any) -> str:
@@ -79,7 +80,9 @@ def _check_text(of: Input, value: Any) -> str:
     if not isinstance(value, str):
         raise of.error(f"{of.label} must be text, not {_shown(value)}.", "Put the words in quotes.")
     if of.required and not value.strip():
-        raise of.error(f"{of.label} is empty, so there is nothing to draw.", 'Say what to draw, e.g. "a red cube".')
+        raise of.error(
+            f"{of.label} is empty, so there is nothing to draw.", 'Say what to draw, e.g. "a red cube".'
+        )
     if len(value) > TEXT_LIMIT:
         raise of.error(
             f"{of.label} has {len(value):,} characters; at most {TEXT_LIMIT:,} are accepted, "
@@ -251,7 +254,9 @@ class Request:
     def from_json(cls, data: Any) -> Request:
         """Read what to_json wrote, or what a stranger sent: everything is checked again."""
         if not isinstance(data, Mapping):
-            raise GenError("A request must be a JSON object.", 'Send {"model": ..., "inputs": {...}}.', "bad_input")
+            raise GenError(
+                "A request must be a JSON object.", 'Send {"model": ..., "inputs": {...}}.', "bad_input"
+            )
         known = ("model", "weights", "inputs", "seed", "count")
         for key in data:
             if key not in known:
@@ -261,13 +266,19 @@ class Request:
                     "bad_input",
                 )
         model, weights, inputs = data.get("model"), data.get("weights"), data.get("inputs", {})
-        if not isinstance(model, str) or not isinstance(weights, str | None) or not isinstance(inputs, Mapping):
+        if (
+            not isinstance(model, str)
+            or not isinstance(weights, str | None)
+            or not isinstance(inputs, Mapping)
+        ):
             raise GenError(
-                "A request needs the model's name (text), optionally a weights tag (text), and inputs (an object).",
+                "A request needs a model (text), and may have weights (text) and inputs (an object).",
                 'Send {"model": "pixart-sigma", "inputs": {"prompt": "a red cube"}}.',
                 "bad_input",
             )
-        return cls.build(f"{model}:{weights}" if weights else model, inputs, data.get("seed"), data.get("count"))
+        return cls.build(
+            f"{model}:{weights}" if weights else model, inputs, data.get("seed"), data.get("count")
+        )
 
 
 def draw_seed() -> int:
@@ -288,7 +299,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
-    output: Path | None = None  # a folder, or a file ending in .png for a single picture; None: GEN_HOME/outputs
+    output: Path | None = None  # a folder, or for one picture a file ending in .png; None: GEN_HOME/outputs
     preview: bool = True  # attach a small picture to step events
 
 
@@ -325,7 +336,7 @@ class Event:
 
     kind      fields that matter
     stage     stage (one of STAGES), note, image, images
-    step      index (from 1) of count, image, images, preview, eta_seconds (of the whole request; None: not known yet)
+    step      index (from 1) of count, image, images, preview, eta_seconds (whole request; None: not known)
     note      note: a warning, or a choice made for the user
     result    result: one picture is saved
     done      results: all pictures of the request

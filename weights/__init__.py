@@ -1,5 +1,5 @@
-"""Bytes and where they come from: the table of checkpoints, finding and verifying them, and the embedded ones.
+"""Bytes and where they come from: the table of checkpoints, finding, verifying, and the embedded ones.
 
-Imports none of our other packages and, to be usable before anything heavy is loaded, no torch. What the numbers in
-a file mean is known only to `pipelines`.
+Imports none of our other packages and, to be usable before anything heavy is loaded, no torch. What the
+numbers in a file mean is known only to `pipelines`.
 """

@@ -1,22 +1,14 @@
-"""The table of checkpoints: where each comes from, what it may be used for, and what size of picture it knows."""
+"""The table of checkpoints: where each comes from, what it may be used for, which sizes of picture it
+knows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
-
-@dataclass(frozen=True)
-class File:
-    """What is known of a published file beforehand."""
-
-    bytes: int
-    sha256: str
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One set of weights. Either `folder` (embedded, relative to weights/) or `repo_id` (published) is set."""
+    """One set of weights: embedded, then `folder` is set (relative to weights/), or published: `repo_id`."""
 
     key: str
     summary: str
@@ -27,9 +19,8 @@ class Checkpoint:
     largest: int  # pixels per side
     folder: str = ""
     repo_id: str = ""
-    is_toy: bool = False  # trained in hours on procedural pictures: shown wherever a picture made with it appears
+    is_toy: bool = False  # trained in hours on procedural pictures: said wherever its pictures appear
     recipe: str = ""  # name for `gen train`; empty when the weights are not ours to make
-    files: Mapping[str, File] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert bool(self.folder) != bool(self.repo_id), f"{self.key}: give a folder or a repo_id"

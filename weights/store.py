@@ -1,8 +1,9 @@
-"""Find checkpoints on this machine and tell whether their bytes are whole. Never touches the network, nor torch.
+"""Find checkpoints on this machine and tell whether their bytes are whole. Never touches the network, nor
+torch.
 
-Embedded weights lie in weights/toy/<name>; the folder named by the environment variable GEN_WEIGHTS_DIR is looked
-into first (it holds toy/<name>, or <key> for any other checkpoint). Published ones are found in the Hugging Face
-cache when they are complete there.
+Embedded weights lie in weights/toy/<name>; the folder named by the environment variable GEN_WEIGHTS_DIR is
+looked into first (it holds toy/<name>, or <key> for any other checkpoint). Published ones are found in the
+Hugging Face cache when they are complete there.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def find(key: str) -> Path | None:
 
 
 def _cached(repo_id: str) -> Path | None:
-    """The snapshot that refs/main of the Hugging Face cache names, if every component of the pipeline is in it.
+    """The snapshot that refs/main of the Hugging Face cache names, if every component of the pipeline is in
+    it.
 
     Done by hand because importing huggingface_hub takes longer than the whole of `gen list`. Layout:
     hub/models--<org>--<name>/{refs/main, snapshots/<commit>/...}.
@@ -72,8 +74,9 @@ def components(folder: Path) -> list[str]:
 def verify(folder: Path, checksums: bool = True) -> None:
     """Raise CorruptWeights, naming the file, unless all components are there, whole and unchanged.
 
-    Structure (JSON that parses, safetensors whose header and size agree) takes milliseconds. With `checksums`, files
-    listed in the folder's SHA256SUMS are read as well; folders without that file have only their structure checked.
+    Structure (JSON that parses, safetensors whose header and size agree) takes milliseconds. With
+    `checksums`, files listed in the folder's SHA256SUMS are read as well; folders without that file have only
+    their structure checked.
     """
     for part in components(folder):
         if not (folder / part).is_dir():
@@ -110,7 +113,8 @@ def _verify_sums(folder: Path) -> None:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 from the folder's SHA256SUMS (lines as `sha256sum` writes them); empty without one."""
+    """File name -> SHA-256 from the folder's SHA256SUMS (lines as `sha256sum` writes them); empty without
+    one."""
     path = folder / SUMS
     if not path.is_file():
         return {}
@@ -152,7 +156,8 @@ def read_header(path: Path) -> dict[str, Any]:
         spans = sorted(entry["data_offsets"] for entry in tensors.values())
         ends = [0, *(end for _, end in spans)]
         consistent = all(begin == end for (begin, _), end in zip(spans, ends, strict=False)) and all(
-            entry["data_offsets"][1] - entry["data_offsets"][0] == _count(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]
+            entry["data_offsets"][1] - entry["data_offsets"][0]
+            == _count(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]
             for entry in tensors.values()
         )
     except OSError as error:
@@ -164,7 +169,9 @@ def read_header(path: Path) -> dict[str, Any]:
     if not consistent:
         raise CorruptWeights(f"{path}: its header contradicts itself")
     if 8 + length + ends[-1] != size:
-        raise CorruptWeights(f"{path}: {size:,} bytes long, but its header promises {8 + length + ends[-1]:,}")
+        raise CorruptWeights(
+            f"{path}: {size:,} bytes long, but its header promises {8 + length + ends[-1]:,}"
+        )
     return header
 
 
@@ -193,8 +200,8 @@ def parameters(folder: Path) -> int:
 def fingerprint(folder: Path) -> str:
     """Twelve hex digits that tell these weights from others, without reading every byte.
 
-    From SHA256SUMS when there is one; else from each weight file's size, header and 16 samples of 16 KiB, so that
-    two trainings of the same network differ.
+    From SHA256SUMS when there is one; else from each weight file's size, header and 16 samples of 16 KiB, so
+    that two trainings of the same network differ.
     """
     digest = hashlib.sha256()
     sums = _sums(folder)

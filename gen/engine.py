@@ -1,0 +1,271 @@
+"""run(request, settings): the only orchestration. Events out, pictures and library rows on the way.
+
+The caller iterates; closing the iterator stops the run within one step and leaves nothing half-written.
+Pictures of a request are drawn one by one, so that each is bit-equal to the single picture of its seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gen import __version__, artifacts, catalog, library, loader
+from gen.errors import GenError
+from gen.request import Event, Request, Result, Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+
+def run(request: Request, settings: Settings | None = None) -> Generator[Event, None, None]:
+    """Make the pictures of the request. Yields Events (see there for the kinds), the last of kind "done".
+
+    Raises GenError: not_installed, corrupt_weights, bad_input, output_not_writable, disk_full, out_of_memory,
+    failed. What can be refused is refused before weights are loaded.
+    """
+    settings = settings or Settings()
+    row, _ = catalog.find(request.model)
+    tag, facts, folder = catalog.choose(row, request.weights)
+    width, height = request.inputs["width"], request.inputs["height"]
+    place = artifacts.prepare(settings.output, request.count, width * height)
+
+    started = time.perf_counter()
+    note = f"{row.name}:{tag}" + (" (TOY weights, coloured shapes only)" if facts.is_toy else "")
+    yield Event(kind="stage", stage="loading", note=note, images=request.count)
+    with _explained(request):
+        loaded = loader.load(row, folder, settings)
+        arguments = {one.argument: request.inputs[one.name] for one in row.inputs if one.argument}
+        _check(loaded.pipeline, arguments)
+    loading = time.perf_counter() - started
+    for text in (_unread(loaded.pipeline, row, request), _slow(loaded)):
+        if text:
+            yield Event(kind="note", note=text)
+
+    results: list[Result] = []
+    for image, seed in enumerate(request.seeds):
+        picture = _Picture(image, request.count, loading if image == 0 else 0.0)
+        with _explained(request):
+            yield from picture.draw(loaded, arguments, seed, settings.preview, (height, width))
+        yield picture.stage("saving")
+        assert picture.result is not None
+        entry = artifacts.save(
+            picture.result,
+            settings.output,
+            place,
+            _entry(request, seed, facts, loaded, picture),
+        )
+        result = Result(
+            id=entry.id,
+            path=entry.path,
+            seed=seed,
+            width=entry.width,
+            height=entry.height,
+            seconds=entry.seconds,
+            recipe=entry.recipe,
+        )
+        results.append(result)
+        yield Event(kind="result", result=result, image=image, images=request.count)
+    yield Event(kind="done", results=tuple(results), images=request.count)
+
+
+class _Picture:
+    """One picture on its way from noise to pixels, and the clock beside it."""
+
+    def __init__(self, image: int, images: int, loading: float) -> None:
+        self.image = image
+        self.images = images
+        self.seconds: dict[str, float] = {"loading": loading}
+        self.result: Image | None = None
+        self._since = time.perf_counter()
+
+    def stage(self, name: str) -> Event:
+        return Event(kind="stage", stage=name, image=self.image, images=self.images)
+
+    def draw(
+        self,
+        loaded: loader.Loaded,
+        arguments: dict[str, Any],
+        seed: int,
+        preview: bool,
+        size: tuple[int, int],
+    ) -> Iterator[Event]:
+        """Events of the stages encoding, denoising and decoding; then `result` is the picture."""
+        import torch
+
+        pipeline = loaded.pipeline
+        if loaded.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        # Noise comes from the CPU's generator on every device, so that a seed means one picture.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        yield self.stage("encoding")
+        self._lap("")
+        first = 0.0
+        with closing(pipeline.denoise(**arguments, generator=generator)) as steps:
+            for step in steps:
+                now = time.perf_counter()
+                if step.index == 0:
+                    # The first step arrives together with the encoding; only the later ones can be timed.
+                    self._lap("encoding")
+                    first = now
+                    yield self.stage("denoising")
+                if not torch.isfinite(step.latents).all():
+                    raise _not_finite(step, loaded)
+                left = (now - first) / step.index * (step.count - step.index - 1) if step.index else None
+                if left is not None:
+                    left += (self.images - self.image - 1) * (now - first) / step.index * step.count
+                yield Event(
+                    kind="step",
+                    index=step.index + 1,
+                    count=step.count,
+                    image=self.image,
+                    images=self.images,
+                    eta_seconds=left,
+                    preview=pipeline.preview(step.latents) if preview else None,
+                )
+        self._lap("denoising")
+        yield self.stage("decoding")
+        self._lap("")
+        self.result = pipeline.decode(step.latents, "pil", size=size)[0]
+        self._lap("decoding")
+
+    def _lap(self, name: str) -> None:
+        """Book the time since the last lap under this name; without a name it was the caller's time."""
+        now = time.perf_counter()
+        if name:
+            self.seconds[name] = now - self._since
+        self._since = now
+
+
+def _check(pipeline: Any, arguments: dict[str, Any]) -> None:
+    try:
+        pipeline.check(**arguments)
+    except ValueError as error:  # the catalog's limits should have caught it; the pipeline has the last word
+        raise GenError(
+            f"The model refuses this: {error}", "`gen show` lists what it takes.", "bad_input"
+        ) from error
+
+
+def _unread(pipeline: Any, row: catalog.Model, request: Request) -> str:
+    """A sentence about the end of a prompt that the model does not read; empty when it reads all."""
+    if not row.max_tokens:
+        return ""
+    tokens = pipeline.tokenizer(request.inputs["prompt"], verbose=False).input_ids
+    if len(tokens) <= row.max_tokens:
+        return ""
+    cut = pipeline.tokenizer.decode(tokens[row.max_tokens - 1 :], skip_special_tokens=True)
+    return (
+        f"The prompt has {len(tokens)} tokens and the model reads {row.max_tokens}; "
+        f'not read: "{cut if len(cut) <= 200 else cut[:197] + "..."}"'
+    )
+
+
+def _slow(loaded: loader.Loaded) -> str:
+    if (loaded.device, loaded.dtype) == ("cpu", "float16"):
+        return "float16 is very slow on a CPU; float32 or bfloat16 is several times faster."
+    return ""
+
+
+def _not_finite(step: Any, loaded: loader.Loaded) -> GenError:
+    return GenError(
+        f"Step {step.index + 1} of {step.count} produced values that are not numbers ({loaded.dtype} on "
+        f"{loaded.device}).",
+        "Try --dtype float32 (or bfloat16 on a GPU), or less guidance.",
+        "failed",
+    )
+
+
+def _entry(
+    request: Request, seed: int, facts: Any, loaded: loader.Loaded, picture: _Picture
+) -> dict[str, Any]:
+    """The fields of library.Entry but for the path. Its recipe is for this one picture: its own seed, count
+    1."""
+    assert picture.result is not None
+    created = time.time()
+    seconds = sum(picture.seconds.values())
+    alone = request.to_json() | {"seed": seed, "count": 1}
+    recipe = {
+        "request": alone,
+        "weights": {
+            "key": facts.key,
+            "fingerprint": loaded.fingerprint,
+            "licence": facts.licence,
+            "toy": facts.is_toy,
+        },
+        "settings": {"device": loaded.device, "dtype": loaded.dtype, "attention": loaded.attention},
+        "versions": versions(),
+        "machine": _machine(loaded.device),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(created)),
+        "seconds": {name: round(value, 3) for name, value in picture.seconds.items()},
+    }
+    return {
+        "id": library.new_id(),
+        "created": created,
+        "model": request.model,
+        "weights": request.weights,
+        "fingerprint": loaded.fingerprint,
+        "seed": seed,
+        "prompt": request.inputs.get("prompt", ""),
+        "width": picture.result.width,
+        "height": picture.result.height,
+        "seconds": seconds,
+        "peak_bytes": _peak_bytes(loaded.device),
+        "toy": facts.is_toy,
+        "recipe": recipe,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on. Only packages in use: nothing is imported for it."""
+    found = {"gen": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        if name in sys.modules:
+            found[name] = sys.modules[name].__version__
+    return found
+
+
+def _machine(device: str) -> dict[str, Any]:
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {"name": name, "threads": torch.get_num_threads()}
+
+
+def _peak_bytes(device: str) -> int:
+    """The most memory that was in use: of the GPU during this picture, of the process so far on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def _explained(request: Request) -> Iterator[None]:
+    """Running out of memory, in any of its spellings, as GenError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if (
+            not isinstance(error, MemoryError)
+            and "out of memory" not in text
+            and "allocate memory" not in text
+        ):
+            raise
+        loader.forget()
+        size = f"{request.inputs['width']}x{request.inputs['height']}"
+        raise GenError(
+            f"A picture of {size} did not fit into memory.",
+            "Try a smaller --size, --dtype bfloat16, or end other programs that use the memory.",
+            "out_of_memory",
+        ) from error
