@@ -51,7 +51,7 @@ VOLUME ["/home/gen/data"]
 EXPOSE 7860
 
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['GEN_PORT'] + '/', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['GEN_PORT'] + '/api/health', timeout=4)"]
 
 ENTRYPOINT ["gen"]
 CMD ["serve"]
