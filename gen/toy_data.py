@@ -1,0 +1,74 @@
+"""Rendered toy scenes on disk, as shards that training reads: pictures, and what is seen in each 16 px patch.
+
+A shard is `<start>.safetensors`: `images` (N, 3, 128, 128) uint8 and `owners` (N, 8, 8) int8, the thing that fills most
+of the objects' part of a patch (-1: ground). The scenes themselves are not stored: scene i is a function of (seed, i).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gen import toy_world
+
+SHARD = 1000
+PATCH = 16
+
+
+def patch_owners(owners: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
+    """(B, Y, X) thing numbers per pixel -> (B, Y/patch, X/patch) int8: the thing with most pixels there, or -1 where
+    things fill less than a sixth of the patch."""
+    B, Y, X = owners.shape
+    cells = owners.view(B, Y // patch, patch, X // patch, patch).permute(0, 1, 3, 2, 4).flatten(3)
+    counts = torch.stack([(cells == k).sum(-1) for k in range(3)], dim=-1)
+    winner = counts.argmax(-1)
+    return torch.where(counts.sum(-1) * 6 >= patch * patch, winner, -1).to(torch.int8)
+
+
+def shard_path(folder: Path, start: int) -> Path:
+    return folder / f"{start:07d}.safetensors"
+
+
+def render_shards(
+    folder: Path, seed: int, count: int, *, which: str = "seen", rank: int = 0, world: int = 1,
+    device: torch.device | str = "cpu", report: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Render what is missing of scenes 0..count-1 into shards; `rank` of `world` processes takes every world-th shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [s for s in range(0, count, SHARD) if not shard_path(folder, s).exists()][rank::world]
+    began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
+    for done, start in enumerate(todo, 1):
+        stream = itertools.islice(toy_world.scenes(seed, start=start, which=which), SHARD)
+        images, owners = [], []
+        while chunk := list(itertools.islice(stream, batch)):
+            picture, owner = toy_world.render(chunk, device=device, return_owner=True)
+            images.append((picture * 255).round().to("cpu", torch.uint8))
+            owners.append(patch_owners(owner).cpu())
+        temporary = folder / f".{start:07d}.{os.getpid()}"
+        save_file({"images": torch.cat(images), "owners": torch.cat(owners)}, temporary)
+        temporary.replace(shard_path(folder, start))
+        rate = done * SHARD / (time.monotonic() - began)
+        report(
+            f"rendered {done * SHARD}/{len(todo) * SHARD} scenes, {rate:.0f}/s, {(len(todo) - done) * SHARD / rate:.0f} s left"
+        )
+
+
+def load_shards(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (N, 3, 128, 128) uint8 and owners (N, 8, 8) int8 of the first `count` scenes that are rendered."""
+    images, owners = [], []
+    for start in range(0, count, SHARD):
+        path = shard_path(folder, start)
+        if not path.exists():
+            break
+        shard = load_file(path)
+        images.append(shard["images"])
+        owners.append(shard["owners"])
+    if not images:
+        raise FileNotFoundError(f"no rendered scenes in {folder}")
+    return torch.cat(images), torch.cat(owners)

@@ -1,0 +1,397 @@
+"""Training of `pixart-sigma:toy`: tokenizer, text encoder, autoencoder and transformer, as tasks for `gen.train`.
+
+What makes so small a budget enough: the text encoder first learns from text alone to say, at every token, what stands
+where; the transformer predicts v rather than noise, and a linear probe in its middle must name the shape and colour
+seen in each patch (a supervised cousin of representation alignment, Yu et al. 2024, arXiv:2410.06940). The probe is
+thrown away afterwards. Facts and measurements are in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gen import toy_world
+from gen.optim import MuonAdamW, split_parameters
+from gen.toy_world import BACKGROUNDS, COLOURS, MATERIALS, SHAPES, SIZES, Caption, Scene
+
+
+def seeded_generator(key: str) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(key).getrandbits(63))
+
+
+# -------------------------------------------------------------------------------------------------- tokenizer
+
+
+def vocabulary() -> list[tuple[str, float]]:
+    """Unigram pieces and scores: every word of the grammar is one piece, anything else falls apart into letters."""
+    tables = (toy_world.SHAPE_WORDS, toy_world.COLOUR_WORDS, toy_world.SIZE_WORDS, toy_world.MATERIAL_WORDS,
+              toy_world.BACKGROUND_WORDS, toy_world.RELATION_WORDS)  # fmt: skip
+    text = " ".join(w for table in tables for words in table.values() for w in words)
+    text += " " + " ".join(toy_world.OPENINGS) + " a an the one that is on against background ground floor with and"
+    for mark in ("{a}", "{b}", "{c}", "{b2}", ","):
+        text = text.replace(mark, " ")
+    words = sorted(set(text.lower().split()))
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [("▁" + w, -3.0) for w in words]
+    return pieces + [(c, -8.0) for c in ("▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&+")]
+
+
+def build_tokenizer():  # noqa: ANN201 - transformers is imported late
+    """A T5 tokenizer of the grammar's words; the empty prompt is the one token `</s>`."""
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer(vocab=vocabulary(), extra_ids=0, model_max_length=300)
+
+
+def tokenize(tokenizer, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN001
+    """Texts -> ids and mask (B, L), padded to the longest."""
+    batch = tokenizer([t.lower().strip() for t in texts], padding=True, truncation=True, max_length=300)
+    return (torch.tensor(batch["input_ids"], device=device), torch.tensor(batch["attention_mask"], device=device))
+
+
+# ----------------------------------------------------------------------------------------------- text encoder
+
+# Where the things of a scene stand, in words that do not depend on which is named first.
+ROLES = ("alone", "left", "middle", "right", "front", "back", "top", "bottom")
+_ROLES_OF = {
+    "alone": ("alone",), "left of": ("left", "right"), "right of": ("right", "left"), "in front of": ("front", "back"),
+    "behind": ("back", "front"), "on top of": ("top", "bottom"), "row": ("left", "middle", "right"),
+}  # fmt: skip
+# (attribute, its values); value 0 is "not there, or not said"
+_HEADS = (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("material", MATERIALS))
+_WIDTHS = [len(ROLES) * (1 + len(values)) for _, values in _HEADS] + [1 + len(BACKGROUNDS)]
+
+
+def caption_labels(captions: Sequence[Caption]) -> torch.Tensor:
+    """(B, roles * 4 + 1) int64: for each attribute and role its value, 0 where open; last the background."""
+    rows = []
+    for caption in captions:
+        role_of = dict(zip(_ROLES_OF[caption.relation], caption.things, strict=True))
+        row = [
+            1 + values.index(role_of[role][attribute]) if role in role_of and role_of[role][attribute] else 0
+            for attribute, values in _HEADS for role in ROLES
+        ]  # fmt: skip
+        rows.append([*row, 1 + BACKGROUNDS.index(caption.background) if caption.background else 0])
+    return torch.tensor(rows)
+
+
+class TextReader(nn.Module):
+    """A T5 encoder and a linear probe that must tell the whole scene from each single token."""
+
+    def __init__(self, vocabulary_size: int, width: int = 192, layers: int = 3) -> None:
+        super().__init__()
+        from transformers import T5Config, T5EncoderModel
+
+        self.encoder = T5EncoderModel(T5Config(
+            vocab_size=vocabulary_size, d_model=width, d_kv=48, num_heads=width // 48, d_ff=2 * width,
+            num_layers=layers, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        ))  # fmt: skip
+        self.probe = nn.Linear(width, sum(_WIDTHS))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.probe(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
+
+    @staticmethod
+    def logits(answers: torch.Tensor) -> list[torch.Tensor]:
+        """(..., sum of widths) -> one (..., roles or 1, values) for each head."""
+        parts = answers.split(_WIDTHS, dim=-1)
+        shaped = [p.unflatten(-1, (len(ROLES), -1)) for p in parts[:-1]]
+        return [*shaped, parts[-1].unsqueeze(-2)]
+
+
+class TextTask:
+    """Text alone: predict every slot's attributes from every token."""
+
+    name = "text"
+
+    def __init__(self, tokenizer, *, seed: int, device: torch.device | str = "cpu") -> None:  # noqa: ANN001
+        torch.manual_seed(seed)
+        self.tokenizer, self.device = tokenizer, device
+        self.module = TextReader(len(tokenizer)).to(device)
+        self.seed = seed
+        self.seed_data("")
+
+    def seed_data(self, key: str) -> None:
+        self.random = random.Random(f"text:{self.seed}:{key}")
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.module.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+
+    def _captions(self, rng: random.Random, n: int, which: str) -> list[Caption]:
+        pairs = toy_world.colour_shape_pairs(which)
+        return [
+            toy_world.describe(toy_world.sample_scene(rng, pairs=pairs, weights=(1, 1, 1, 1, 1, 1.2, 1.5)), rng)
+            for _ in range(n)
+        ]
+
+    def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        captions = self._captions(self.random, batch, "seen")
+        texts = [_with_noise(c.text, self.random) for c in captions]
+        ids, mask = tokenize(self.tokenizer, texts, self.device)
+        labels = caption_labels(captions).to(self.device)
+        rows = mask.bool()
+        answers = self.module(ids, mask)[rows]
+        labels = labels[:, None].expand(-1, mask.shape[1], -1)[rows]
+        total = answers.new_zeros(())
+        start = 0
+        for logits in TextReader.logits(answers):
+            roles = logits.shape[-2]
+            truth = labels[:, start : start + roles]
+            start += roles
+            total = total + F.cross_entropy(logits.flatten(0, -2), truth.flatten()) * roles
+        return total, {}
+
+    @torch.no_grad()
+    def evaluate(self, folder: Path, which: str = "seen", n: int = 1000) -> dict[str, float]:
+        """Share of captions never trained on of which the last token tells every slot (shape, colour and role of all
+        things together), and everything (size, material, background too)."""
+        captions = self._captions(random.Random(f"held:{which}"), n, which)
+        ids, mask = tokenize(self.tokenizer, [c.text for c in captions], self.device)
+        answers = self.module(ids, mask)
+        last = answers[torch.arange(n, device=ids.device), mask.sum(1) - 1]
+        labels = caption_labels(captions).to(self.device)
+        guesses = torch.cat([x.argmax(-1) for x in TextReader.logits(last)], dim=-1)
+        right = guesses == labels
+        return {"slots": right[:, : 2 * len(ROLES)].all(1).float().mean().item(), "all": right.all(1).float().mean().item()}
+
+
+def _with_noise(text: str, rng: random.Random) -> str:
+    """Now and then a word that means nothing, so that an unknown word does not upset the reading."""
+    words = text.split()
+    while rng.random() < 0.12:
+        word = "".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(2, 8)))
+        words.insert(rng.randint(0, len(words)), word)
+    return " ".join(words) + ("." if rng.random() < 0.1 else "")
+
+
+# ------------------------------------------------------------------------------------------------ autoencoder
+
+
+def build_autoencoder():  # noqa: ANN201 - diffusers is imported late
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 128), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=8, latent_channels=4,
+        sample_size=128, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+class AutoencoderTask:
+    """AutoencoderKL on rendered pictures (N, 3, 128, 128) uint8: crops first, whole pictures in the last 40 % (the
+    statistics of its group norms differ on crops)."""
+
+    name = "autoencoder"
+
+    def __init__(self, pictures: torch.Tensor, *, seed: int, device: torch.device | str = "cpu", held: int = 256) -> None:
+        torch.manual_seed(seed)
+        self.pictures, self.held, self.device = pictures, held, device
+        self.module = build_autoencoder().to(device).to(memory_format=torch.channels_last)
+        self.seed = seed
+        self.seed_data("")
+
+    def seed_data(self, key: str) -> None:
+        self.rng = seeded_generator(f"autoencoder:{self.seed}:{key}")
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        matrices, others = split_parameters(self.module, ("encoder.", "decoder."))
+        return MuonAdamW(matrices, others, lr=lr)
+
+    def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        crop = 64 if progress < 0.6 else 128
+        batch = batch if crop == 64 else max(1, batch // 3)
+        picks = torch.randint(self.held, len(self.pictures), (batch,), generator=self.rng)
+        x = self.pictures[picks]
+        if crop == 64:
+            # things are in the middle of the picture: corners between 8 and 56
+            y0, x0 = (torch.randint(1, 8, (2,), generator=self.rng) * 8).tolist()
+            x = x[..., y0 : y0 + crop, x0 : x0 + crop]
+        if torch.rand((), generator=self.rng) < 0.5:
+            x = x.flip(-1)
+        x = (x.to(self.device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        posterior = self.module.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=self.rng).to(x.device)
+        y = self.module.decode(z).sample
+        error = y - x
+        edges = (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (error[..., 1:] - error[..., :-1]).abs().mean()
+        square = error.square().mean()
+        kl = posterior.kl().mean() / z[0].numel()
+        total = error.abs().mean() + 0.5 * edges + 2 * square + 2e-4 * kl
+        return total, {"psnr": -10 * torch.log10(square.detach() / 4), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        return {"psnr": reconstruction_psnr(self.module, self.pictures[: self.held], self.device)}
+
+
+@torch.no_grad()
+def reconstruction_psnr(autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu") -> float:
+    """Mean over pictures (uint8) of the PSNR in dB of decode(mean of encode), rounded to 8 bits as people see it."""
+    values = []
+    for x in pictures.split(16):
+        truth = x.to(device).float()
+        y = autoencoder.decode(autoencoder.encode(truth / 127.5 - 1).latent_dist.mean).sample
+        error = ((y.clamp(-1, 1) + 1) * 127.5).round() - truth
+        values.append(-10 * torch.log10(error.square().mean((1, 2, 3)) / 255**2))
+    return torch.cat(values).mean().item()
+
+
+@torch.no_grad()
+def normalise_latents(autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu") -> None:
+    """Fold each latent channel's mean and spread over `pictures` into quant_conv and post_quant_conv, so that latents
+    have mean 0 and spread 1 and one scaling factor of 1 fits every pipeline. Decoding is unchanged."""
+    z = torch.cat([autoencoder.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean for x in pictures.split(32)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    quant, post = autoencoder.quant_conv, autoencoder.post_quant_conv
+    c = len(mean)
+    quant.weight[:c] /= std[:, None, None, None]
+    quant.bias[:c] = (quant.bias[:c] - mean) / std
+    quant.bias[c:] -= 2 * std.log()  # log variances
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def encode_pictures(autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(N, 3, 128, 128) uint8 -> latents (N, 4, 16, 16) float16."""
+    return torch.cat([
+        autoencoder.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean.half().cpu() for x in pictures.split(64)
+    ])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ transformer
+
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def transformer_config(layers: int, heads: int, head_dim: int, caption_channels: int) -> dict:
+    """PixArt over 16 x 16 latents, patch 2: 64 tokens."""
+    return {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": layers,
+        "num_attention_heads": heads, "attention_head_dim": head_dim, "cross_attention_dim": heads * head_dim,
+        "caption_channels": caption_channels, "use_additional_conditions": False, "interpolation_scale": 1,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def initialise(transformer: nn.Module) -> None:
+    """PixArt's start: Xavier matrices, silent cross-attention and output, small modulation."""
+    for name, p in transformer.named_parameters():
+        if name.endswith("scale_shift_table"):
+            p.zero_()
+        elif name.endswith("bias"):
+            p.zero_()
+        elif name.startswith("adaln_single"):
+            p.normal_(std=0.02)
+        elif name == "proj_out.weight" or name.endswith("attn2.to_out.0.weight"):
+            p.zero_()
+        else:
+            nn.init.xavier_uniform_(p.view(p.shape[0], -1))
+    for name, p in transformer.named_parameters():
+        if name.endswith("transformer_blocks.0.scale_shift_table") or ".scale_shift_table" in name:
+            p[2].fill_(0.3)  # gates: let the branches speak from the start
+            p[5].fill_(0.3)
+
+
+class _WithProbe(nn.Module):
+    """The transformer, and a probe on the tokens after one of its blocks that names shape and colour per patch."""
+
+    def __init__(self, transformer: nn.Module, block: int) -> None:
+        super().__init__()
+        self.transformer = transformer
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.probe = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(SHAPES) + 1 + len(COLOURS) + 1))
+        self.tokens: torch.Tensor | None = None
+        transformer.transformer_blocks[block].register_forward_hook(self._keep)
+
+    def _keep(self, _: nn.Module, __: tuple, tokens: torch.Tensor) -> None:
+        if self.training:
+            self.tokens = tokens
+
+
+class TransformerTask:
+    """v-prediction on latents (N, 4, 16, 16) of scenes with fresh captions each time; one caption in ten is empty."""
+
+    name = "transformer"
+
+    def __init__(
+        self, transformer: nn.Module, text_encoder: nn.Module, tokenizer, latents: torch.Tensor, owners: torch.Tensor,  # noqa: ANN001
+        scenes: Sequence[Scene], *, seed: int, probe_block: int, device: torch.device | str = "cpu",
+        judged: Callable[[nn.Module, Path], dict[str, float]] | None = None,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(seed)
+        self.tokenizer, self.device, self.scenes = tokenizer, device, scenes
+        self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
+        self.module = _WithProbe(transformer, probe_block).to(device)
+        self.latents = latents.to(device)
+        self.patches = patch_labels(owners, scenes).to(device)
+        betas = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], 1000, dtype=torch.float64)
+        alphas = torch.cumprod(1 - betas, 0)
+        self.alpha, self.sigma = alphas.sqrt().float().to(device), (1 - alphas).sqrt().float().to(device)
+        self.judged, self.seed = judged, seed
+        self.seed_data("")
+
+    def seed_data(self, key: str) -> None:
+        self.random = random.Random(f"transformer:{self.seed}:{key}")
+        self.rng = seeded_generator(f"transformer:{self.seed}:{key}")
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        matrices, others = split_parameters(self.module, ("transformer.transformer_blocks",))
+        return MuonAdamW(matrices, others, lr=lr, weight_decay=0.01, others_lr=0.5)
+
+    def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        rng = self.rng
+        picks = torch.randint(len(self.latents), (batch,), generator=rng)
+        texts = [
+            "" if self.random.random() < 0.1 else toy_world.describe(self.scenes[i], self.random).text
+            for i in picks.tolist()
+        ]
+        ids, mask = tokenize(self.tokenizer, texts, self.device)
+        with torch.no_grad():
+            states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        picks = picks.to(self.device)
+        x = self.latents[picks].float()
+        # half the times uniform, half around the middle, where layout and colour are decided
+        middle = torch.randn(batch, generator=rng).sigmoid()
+        anywhere = torch.rand(batch, generator=rng)
+        t = (torch.where(torch.rand(batch, generator=rng) < 0.5, middle, anywhere) * 1000).long().clamp(0, 999).to(self.device)
+        noise = torch.randn(x.shape, generator=rng).to(self.device)
+        alpha, sigma = self.alpha[t, None, None, None], self.sigma[t, None, None, None]
+        velocity = alpha * noise - sigma * x
+        out = self.module.transformer(
+            alpha * x + sigma * noise, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=t,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
+        )[0][:, :4]  # fmt: skip
+        error = (out - velocity).square().mean()
+        logits = self.module.probe(self.module.tokens)
+        labels = self.patches[picks]
+        named = torch.where(labels[..., 0] < len(SHAPES), 1.0, 0.2)
+        shape = F.cross_entropy(logits[..., : len(SHAPES) + 1].flatten(0, 1), labels[..., 0].flatten(), reduction="none")
+        colour = F.cross_entropy(logits[..., len(SHAPES) + 1 :].flatten(0, 1), labels[..., 1].flatten(), reduction="none")
+        probe = ((shape + colour) * named.flatten()).sum() / named.sum()
+        return error + 0.15 * (1 - 0.8 * progress) * probe, {"v": error.detach(), "probe": probe.detach()}
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        return self.judged(self.module.transformer, folder) if self.judged else {}
+
+
+def patch_labels(owners: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
+    """(N, 8, 8) owners -> (N, 64, 2) int64: shape and colour seen in each patch, one past the last for ground."""
+    table = torch.full((len(owners), 4, 2), 0)
+    table[:, 3] = torch.tensor([len(SHAPES), len(COLOURS)])  # owner -1 reads the last row
+    for i, scene in enumerate(scenes[: len(owners)]):
+        for k, thing in enumerate(scene.things):
+            table[i, k] = torch.tensor([SHAPES.index(thing.shape), COLOURS.index(thing.colour)])
+    index = owners.long().flatten(1) % 4
+    return table.gather(1, index[..., None].expand(-1, -1, 2))
+
+
+def expected_steps(images: int, batch: int) -> int:
+    return math.ceil(images / batch)
