@@ -11,8 +11,8 @@ from gen.request import Input
 class Control(NamedTuple):
     """How one kind of input looks on the page.
 
-    `widget` is a Gradio component class, and `arguments(input, default)` what it is made with, apart from what
-    all have in common. The same arguments change an existing widget when other weights bring other limits.
+    `widget` is a Gradio component class, and `arguments(input, value)` what it is made with beside its name.
+    The same arguments change an existing widget when other weights bring other limits.
     """
 
     widget: type[gr.components.Component]
@@ -21,41 +21,53 @@ class Control(NamedTuple):
 
 def _text(of: Input, value: Any) -> dict[str, Any]:
     lines = 3 if of.required else 1
-    return {"value": value or "", "lines": lines, "max_lines": 10, "placeholder": of.help.capitalize()}
+    return {"value": value or "", "lines": lines, "max_lines": 10, "placeholder": sentence(of.help)}
 
 
 def _slider(of: Input, value: Any) -> dict[str, Any]:
-    return {"value": value, "minimum": of.minimum, "maximum": of.maximum, "step": of.step}
+    return {"value": value, "minimum": of.minimum, "maximum": of.maximum, "step": of.step, "buttons": []}
+
+
+def _explained_slider(of: Input, value: Any) -> dict[str, Any]:
+    return _slider(of, value) | {"info": sentence(of.help)}
 
 
 def _choice(of: Input, value: Any) -> dict[str, Any]:
-    return {"value": value, "choices": [*(of.choices or ())]}
+    return {"value": value, "choices": [*(of.choices or ())], "info": sentence(of.help)}
 
 
 def _seed(of: Input, value: Any) -> dict[str, Any]:
     # Text, because seeds go up to 2**63 and a number in the browser is exact only up to 2**53.
-    return {"value": "" if value is None else str(value), "max_lines": 1, "placeholder": "random"}
+    return {"value": "" if value is None else str(value), "max_lines": 1, "placeholder": "random each time"}
 
 
 CONTROLS: dict[str, Control] = {
     "text": Control(gr.Textbox, _text),
-    "integer": Control(gr.Slider, _slider),
-    "number": Control(gr.Slider, _slider),
-    "size": Control(gr.Slider, _slider),
+    "integer": Control(gr.Slider, _explained_slider),
+    "number": Control(gr.Slider, _explained_slider),
+    "size": Control(gr.Slider, _slider),  # its ends say what there is to say
     "choice": Control(gr.Dropdown, _choice),
     "seed": Control(gr.Textbox, _seed),
 }
 
 
+def sentence(words: str) -> str:
+    """Begin with a capital, and leave the others as they are."""
+    return words[:1].upper() + words[1:]
+
+
 def widget(of: Input, model: str) -> gr.components.Component:
     """Make the widget of one of a model's inputs, with its label as the name that screen readers say."""
     control = CONTROLS[of.kind]
-    common: dict[str, Any] = {"label": of.label, "elem_id": f"{model}-{of.name}"}
-    if of.kind != "text":  # a text box says it as its placeholder
-        common["info"] = of.help[:1].upper() + of.help[1:]
-    return control.widget(**common, **control.arguments(of, of.default))
+    named: dict[str, Any] = {"label": of.label, "elem_id": f"{model}-{of.name}"}
+    if of.kind != "seed":
+        return control.widget(**named, **control.arguments(of, of.default))
+    random = gr.Button("Random", size="sm", render=False)
+    made = control.widget(**named, **control.arguments(of, of.default), buttons=[random])
+    random.click(None, None, made, js="() => ''", api_name=False)
+    return made
 
 
 def change(of: Input, value: Any = None) -> dict[str, Any]:
-    """Return the Gradio update that gives an existing widget this input's limits and `value` (None: its default)."""
+    """The Gradio update that gives an existing widget this input's limits and `value` (None: its default)."""
     return gr.update(**CONTROLS[of.kind].arguments(of, of.default if value is None else value))

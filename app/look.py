@@ -100,12 +100,12 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; padding: 0 20px 40px !important; }
+.gradio-container {
+  max-width: 1240px !important; margin: 0 auto !important; padding: 0 20px 40px !important;
+}
 .gradio-container > main, .gradio-container .main { padding: 0 !important; }
 footer { display: none !important; }
 :focus-visible { outline: 2px solid var(--border-color-accent) !important; outline-offset: 2px; }
-/* Text that is there for screen readers only. */
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 
 /* Head of the page */
 .masthead { display: flex; align-items: center; gap: 12px; padding: 18px 0 6px; }
@@ -113,32 +113,61 @@ footer { display: none !important; }
 .masthead p { margin: 0; color: var(--body-text-color-subdued); font-size: 14px; }
 .masthead button { margin-left: auto; }
 .plain-button {
-  display: inline-flex; align-items: center; justify-content: center; gap: 6px; min-height: 36px; padding: 6px 14px;
-  font: inherit; font-size: 14px; font-weight: 500; text-decoration: none; cursor: pointer; white-space: nowrap;
+  display: inline-flex; align-items: center; justify-content: center; min-height: 38px;
+  padding: 6px 14px; cursor: pointer; font: inherit; font-size: 14px; font-weight: 500;
+  text-decoration: none !important; white-space: nowrap;
   color: var(--button-secondary-text-color); background: var(--button-secondary-background-fill);
   border: 1px solid var(--button-secondary-border-color); border-radius: 8px;
 }
 .plain-button:hover { background: var(--button-secondary-background-fill-hover); }
-.plain-button.main { color: #fff; background: var(--button-primary-background-fill); border-color: transparent; }
+.plain-button[aria-pressed="true"] { background: var(--color-accent-soft); }
+.plain-button.main { color: #fff; border-color: transparent; }
+.plain-button.main { background: var(--button-primary-background-fill); }
 .plain-button.main:hover { background: var(--button-primary-background-fill-hover); }
 
 /* Two columns: what to make, what was made */
-.studio { align-items: flex-start; gap: 24px !important; flex-wrap: wrap; }
-.panel {
+.studio { align-items: flex-start; gap: 20px !important; flex-wrap: wrap; }
+.card {
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   border-radius: 14px; padding: 18px !important; gap: 14px !important;
 }
-.panel .form { background: none; border: 0; gap: 14px; overflow: visible; box-shadow: none; }
-.chips { gap: 8px !important; flex-wrap: wrap !important; margin-top: -6px; }
-.chips button { flex: 0 0 auto !important; min-width: 0 !important; width: auto !important; padding: 5px 12px; }
-.pair { gap: 14px !important; }
-.beside { align-items: flex-end; }
-.go button, button.go { min-height: 46px; }
+.card .form { background: none; border: 0; gap: 14px; overflow: visible; box-shadow: none; }
+.card .block { background: none; overflow: visible !important; }
+.inputs { gap: 16px !important; }
+.chips { gap: 8px !important; flex-wrap: wrap !important; margin-top: -8px; }
+.chips button { flex: none !important; min-width: 0 !important; width: auto !important; padding: 5px 12px; }
+.pair { gap: 20px !important; flex-wrap: nowrap !important; }
+.pair > .form { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; width: 100%; }
+.pair .block { min-width: 0 !important; }
+.card button.lg { min-height: 46px; }
 .hint-line { color: var(--body-text-color-subdued); font-size: 13px; margin: 0; }
 kbd {
-  font: 12px var(--font-mono); padding: 1px 5px; border-radius: 4px; background: var(--background-fill-secondary);
-  border: 1px solid var(--border-color-primary);
+  font: 12px var(--font-mono); padding: 1px 5px; border-radius: 4px;
+  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
 }
+
+/* Gradio's slider: label and number on one line, the help below, all the way across */
+.gradio-container { --groove: #d5dae3; }
+.dark .gradio-container, .gradio-container.dark { --groove: #3a4453; }
+.card .head {
+  display: grid !important; grid-template-columns: 1fr auto; gap: 2px 8px; align-items: center;
+  margin: 0 !important;
+}
+.card .head label { display: contents; }
+.card .head label > span { margin: 0; }
+.card .head .info-text { grid-column: 1 / -1; grid-row: 2; }
+.card .head .tab-like-container { grid-column: 2; grid-row: 1; }
+.card .head input[type="number"] { width: 64px; text-align: right; font-size: 14px; }
+.card .info-text { margin: 0; line-height: 1.35; }
+.card input[type="range"]::-webkit-slider-runnable-track { background-color: var(--groove); }
+.card input[type="range"]::-moz-range-track { background-color: var(--groove); }
+.card .block { position: relative; }
+.card .icon-button-wrapper {
+  position: absolute; top: -4px !important; right: 0 !important;
+  background: none; border: 0; box-shadow: none;
+}
+#model .wrap { border: 1px solid var(--input-border-color); border-radius: 8px; }
+#model input { padding: 8px 12px; }
 
 /* Badges and messages */
 .badge {
@@ -148,7 +177,7 @@ kbd {
 .dark .badge { color: #fbd5b5; background: #43230f; border-color: #8a4a1f; }
 .about { font-size: 13.5px; line-height: 1.5; color: var(--body-text-color-subdued); margin: 0; }
 .message { border-radius: 10px; padding: 11px 14px; font-size: 14.5px; line-height: 1.45; border: 1px solid; }
-.message p { margin: 0; }
+.message p { margin: 0; overflow-wrap: anywhere; }
 .message p + p { margin-top: 4px; }
 .message.bad { color: #7a1610; background: #fef1f0; border-color: #e9a29c; }
 .dark .message.bad { color: #fdcdc8; background: #3a1512; border-color: #84312a; }
@@ -158,81 +187,98 @@ kbd {
 /* The stage: empty, drawing, or showing a result */
 .stage {
   display: flex; flex-direction: column; align-items: center; justify-content: center; gap: 14px;
-  min-height: 420px; padding: 18px; text-align: center;
+  min-height: 460px; padding: 18px; text-align: center;
   background: var(--background-fill-secondary); border-radius: 12px;
 }
-.stage figure { margin: 0; width: 100%; display: flex; flex-direction: column; align-items: center; gap: 12px; }
-.stage img { display: block; border-radius: 10px; max-width: 100%; max-height: 68vh; object-fit: contain; }
+.stage figure {
+  margin: 0; width: 100%; display: flex; flex-direction: column; align-items: center; gap: 12px;
+}
+.stage img { display: block; border-radius: 10px; max-width: 100%; }
 .stage figcaption { max-width: 60ch; font-size: 14.5px; line-height: 1.45; overflow-wrap: anywhere; }
 .stage .empty { color: var(--body-text-color-subdued); max-width: 34ch; line-height: 1.5; }
 .stage .empty svg { display: block; margin: 0 auto 10px; opacity: 0.8; }
 .actions { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; }
-.progress { width: min(100%, 420px); display: flex; flex-direction: column; gap: 8px; }
+.progress { width: min(100%, 448px); display: flex; flex-direction: column; gap: 8px; }
 .progress .words { display: flex; justify-content: space-between; gap: 12px; font-size: 14px; margin: 0; }
-.progress .words span:last-child { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.progress .track { height: 8px; border-radius: 99px; overflow: hidden; background: var(--border-color-primary); }
-.progress .fill { height: 100%; border-radius: 99px; background: var(--slider-color); transition: width 150ms linear; }
+.progress .words span:last-child {
+  color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; white-space: nowrap;
+}
+.progress .track { height: 8px; border-radius: 99px; overflow: hidden; background: var(--groove); }
+.progress .fill { height: 100%; border-radius: 99px; background: var(--slider-color); }
 .progress .fill.unknown { width: 30%; animation: wander 1.4s ease-in-out infinite alternate; }
 @keyframes wander { from { margin-left: 0; } to { margin-left: 70%; } }
 @media (prefers-reduced-motion: reduce) { .progress .fill.unknown { animation: none; } }
 
 /* Tiles: the results of this run, and the history */
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 10px; margin: 0; padding: 0; list-style: none; }
+.tiles {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)); gap: 12px;
+  margin: 0; padding: 0; list-style: none;
+}
 .tiles li { margin: 0; padding: 0; }
 .tile {
-  position: relative; display: block; width: 100%; padding: 0; cursor: pointer; text-align: left; font: inherit;
-  color: inherit; background: none; border: 0; border-radius: 10px;
+  position: relative; display: block; width: 100%; padding: 0; cursor: pointer; text-align: left;
+  font: inherit; color: inherit; background: none; border: 0; border-radius: 10px;
 }
 .tile img {
-  display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 10px;
+  display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; border-radius: 10px;
   background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
 }
 .tile:hover img { border-color: var(--border-color-accent); }
 .tile[aria-current="true"] img { outline: 3px solid var(--border-color-accent); outline-offset: -1px; }
-.tile .badge { position: absolute; top: 6px; left: 6px; }
+.tile .badge { position: absolute; top: 6px; left: 6px; font-size: 10.5px; padding: 0 5px; }
 .tile .words {
-  display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; margin-top: 5px;
-  font-size: 12.5px; line-height: 1.35; color: var(--body-text-color-subdued); overflow-wrap: anywhere;
+  display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden;
+  margin-top: 5px; font-size: 12.5px; line-height: 1.35; color: var(--body-text-color-subdued);
+  overflow-wrap: anywhere;
 }
 .section-title { font-size: 16px; font-weight: 700; margin: 0; }
+.beside { align-items: center !important; }
 
 /* The recipe */
+.recipe { margin-top: 8px; }
 .recipe table { width: 100%; border-collapse: collapse; font-size: 14px; }
-.recipe th, .recipe td { padding: 6px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--border-color-primary); }
+.recipe th, .recipe td {
+  padding: 6px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--border-color-primary);
+}
 .recipe th { width: 10.5em; padding-right: 12px; font-weight: 500; color: var(--body-text-color-subdued); }
 .recipe td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.recipe summary { cursor: pointer; padding: 8px 0; font-size: 14px; font-weight: 600; }
+.recipe summary { cursor: pointer; padding: 10px 0 8px; font-size: 14px; font-weight: 600; }
 .recipe pre {
-  margin: 0; padding: 12px; max-height: 380px; overflow: auto; font: 12.5px/1.5 var(--font-mono); border-radius: 8px;
-  white-space: pre-wrap; overflow-wrap: anywhere; background: var(--background-fill-secondary);
+  margin: 0; padding: 12px; max-height: 380px; overflow: auto; font: 12.5px/1.5 var(--font-mono);
+  border-radius: 8px; white-space: pre-wrap; overflow-wrap: anywhere;
+  background: var(--background-fill-secondary);
 }
 
 @media (max-width: 640px) {
   .gradio-container { padding: 0 12px 28px !important; }
   .masthead p { display: none; }
-  .panel { padding: 14px !important; }
+  .card { padding: 14px !important; }
   .stage { min-height: 300px; padding: 12px; }
   .studio { gap: 14px !important; }
+  .pair, .pair > .form { gap: 16px !important; }
+  .recipe th { width: 8em; }
 }
 """
 
-# Runs before the page is built. The theme follows the system until the button is pressed; the choice is
-# kept in this browser. Gradio sets the class itself once, late: the observer has the last word.
+# Runs before the page is built, so that the first paint has the right colours. The theme follows the system
+# until the button is pressed; the choice is kept in this browser. Gradio sets the class too: the observer has
+# the last word. READY is run when the button is there.
+READY = 'document.dispatchEvent(new Event("gen:ready"));'
 HEAD = """
 <meta name="color-scheme" content="light dark">
 <script>
 (() => {
   const system = matchMedia("(prefers-color-scheme: dark)");
-  const chosen = () => localStorage.getItem("gen-theme");
-  const dark = () => (chosen() ? chosen() === "dark" : system.matches);
+  const dark = () => (localStorage.getItem("gen-theme") ?? (system.matches ? "dark" : "light")) === "dark";
   const apply = () => {
     if (document.body.classList.contains("dark") !== dark()) document.body.classList.toggle("dark", dark());
-    document.querySelectorAll("#theme").forEach((button) => button.setAttribute("aria-pressed", dark()));
+    document.getElementById("theme")?.setAttribute("aria-pressed", dark());
   };
   addEventListener("DOMContentLoaded", () => {
     apply();
     new MutationObserver(apply).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   });
+  document.addEventListener("gen:ready", apply);
   system.addEventListener("change", apply);
   document.addEventListener("click", (event) => {
     if (!event.target.closest("#theme")) return;
@@ -243,7 +289,7 @@ HEAD = """
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
-    const button = [...document.querySelectorAll("button.generate")].find((one) => one.offsetParent);
+    const button = document.querySelector("button.generate");
     if (!button || button.disabled) return;
     event.preventDefault();
     button.click();

@@ -1,7 +1,7 @@
 """The page: a form made from the catalog rows, the drawing as it comes, the result, and the history.
 
-Generate only submits. Gradio takes a closed tab for the end of an event, so a picture drawn inside one would die
-with its tab; here an event watches a job of gen.jobs, and whoever opens the page finds a running job again.
+Generate only submits. Gradio takes a closed tab for the end of an event, so a picture drawn inside one would
+die with its tab. Here an event watches a job of gen.jobs; whoever opens the page finds a running one again.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import controls, views
+from app import controls, look, views
 from gen import jobs, library
 from gen.catalog import MODELS, Model, find, installed
 from gen.errors import GenError
@@ -23,9 +23,9 @@ from gen.request import Event, Input, Request
 EXAMPLES = {
     "image": (
         "a shiny red cube",
-        "a small yellow ball on a blue cylinder",
-        "a green cone left of a purple torus",
         "a white pyramid on a dark ground",
+        "a green cone left of a purple torus",
+        "a yellow ball on a blue box",
     ),
 }
 EMPTY = "Say what to draw and press Generate. The picture appears here."
@@ -67,15 +67,15 @@ class Page:
         with gr.Blocks(
             title="Gen Studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True
         ) as self.blocks:
-            gr.HTML(views.masthead(), apply_default_css=False)
+            gr.HTML(views.masthead(), apply_default_css=False, js_on_load=look.READY)
             with gr.Row(elem_classes="studio", equal_height=False):
-                with gr.Column(scale=5, min_width=300, elem_classes="panel", elem_id="form"):
+                with gr.Column(scale=5, min_width=300, elem_classes="card", elem_id="form"):
                     self.lay_out_form()
-                with gr.Column(scale=7, min_width=300, elem_classes="panel", elem_id="result"):
+                with gr.Column(scale=7, min_width=300, elem_classes="card", elem_id="result"):
                     self.drawing = gr.HTML(visible=False, apply_default_css=False)
                     self.shown = gr.HTML(views.empty(EMPTY), apply_default_css=False, js_on_load=CLICKS)
                     self.batch = gr.HTML(visible=False, apply_default_css=False, js_on_load=CLICKS)
-            with gr.Column(elem_classes="panel", elem_id="history"):
+            with gr.Column(elem_classes="card", elem_id="history"):
                 self.lay_out_history()
             self.job = gr.State("")
             self.connect()
@@ -333,7 +333,7 @@ def best(row: Model) -> str:
 
 def default_reference() -> str:
     """The first model that can draw at once, or else the first."""
-    row = next((row for row in MODELS.values() if installed(row)), [*MODELS.values()][0])
+    row = next((row for row in MODELS.values() if installed(row)), next(iter(MODELS.values())))
     return f"{row.name}:{best(row)}"
 
 

@@ -29,17 +29,17 @@ STAGE_WORDS = {
     "saving": "Saving",
 }
 LONGER_SIDE = 448  # CSS pixels of a picture on the stage
-FRAME = """<svg width="52" height="52" viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="1.2"
-aria-hidden="true"><rect x="3" y="3" width="18" height="18" rx="3"/><circle cx="9" cy="9" r="1.8"/>
-<path d="m4 18 5-5 3.5 3.5L16 13l4 4"/></svg>"""
+FRAME = """<svg width="52" height="52" viewBox="0 0 24 24" fill="none" stroke="currentColor"
+stroke-width="1.2" aria-hidden="true"><rect x="3" y="3" width="18" height="18" rx="3"/>
+<circle cx="9" cy="9" r="1.8"/><path d="m4 18 5-5 3.5 3.5L16 13l4 4"/></svg>"""
 
 
 def masthead() -> str:
     """The head of the page, with the button for dark mode."""
     return (
         '<header class="masthead"><h1>Gen Studio</h1><p>Pictures from diffusion transformers, made on this '
-        'machine</p><button type="button" id="theme" class="plain-button" aria-pressed="false">Dark mode</button>'
-        "</header>"
+        'machine</p><button type="button" id="theme" class="plain-button" aria-pressed="false">Dark mode'
+        "</button></header>"
     )
 
 
@@ -121,7 +121,8 @@ def drawing(state: Drawing) -> str:
         numbers += f" · {duration(state.eta_seconds)} left"
     picture = ""
     if state.preview:
-        picture = f'<img src="{state.preview}" alt="Preview of the unfinished picture" {shown_at(*state.preview_size)}>'
+        size = shown_at(*state.preview_size)
+        picture = f'<img src="{state.preview}" alt="Preview of the unfinished picture" {size}>'
     if state.part is None:
         track, value = '<div class="fill unknown"></div>', ""
     else:
@@ -154,7 +155,7 @@ def duration(seconds: float) -> str:
 
 
 def shown_at(width: int, height: int) -> str:
-    """Size attributes of an <img>: previews and pictures of every size are seen at one size, or as wide as fits."""
+    """Size attributes of an <img>: previews and pictures are all seen at one size, or as wide as fits."""
     scale = LONGER_SIDE / max(width, height)
     return f'width="{width}" height="{height}" style="width:min(100%,{round(width * scale)}px);height:auto"'
 
@@ -172,12 +173,13 @@ def picture(entry: Entry) -> str:
     url = f"/files/{escape(entry.id)}"
     words = escape(entry.prompt)
     caption = f"{badge()} {words}" if entry.toy else words
+    image = f'<img class="result" src="{url}" alt="{words}" {shown_at(entry.width, entry.height)}>'
     return (
-        f'<div class="stage"><figure><img class="result" src="{url}" alt="{words}" '
-        f"{shown_at(entry.width, entry.height)}><figcaption>{caption}</figcaption></figure>"
-        f'<div class="actions"><a class="plain-button main" href="{url}" download="{escape(entry.path.name)}">'
-        f'Download</a><button type="button" class="plain-button" data-use="{escape(entry.id)}">Use this recipe'
-        f"</button></div></div>{recipe(entry)}"
+        f'<div class="stage"><figure><a href="{url}" target="_blank" title="Open at full size">{image}</a>'
+        f'<figcaption>{caption}</figcaption></figure><div class="actions">'
+        f'<a class="plain-button main" href="{url}" download="{escape(entry.path.name)}">Download</a>'
+        f'<button type="button" class="plain-button" data-use="{escape(entry.id)}">Use this recipe</button>'
+        f"</div></div>{recipe(entry)}"
     )
 
 
