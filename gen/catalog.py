@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gen.errors import GenError, did_you_mean
 from gen.request import Input
@@ -44,11 +45,13 @@ class Model:
     def inputs_for(self, tag: str) -> tuple[Input, ...]:
         """`inputs` with the limits and defaults that depend on the weights filled in."""
         facts = self.checkpoint(tag)
-        sized = {"default": facts.native_size, "minimum": facts.smallest, "maximum": facts.largest}
-        return tuple(
-            replace(one, step=facts.size_multiple, **sized) if one.kind == "size" else one
-            for one in self.inputs
-        )
+        sized: dict[str, Any] = {
+            "default": facts.native_size,
+            "minimum": facts.smallest,
+            "maximum": facts.largest,
+            "step": facts.size_multiple,
+        }
+        return tuple(replace(one, **sized) if one.kind == "size" else one for one in self.inputs)
 
 
 PROMPT = Input(

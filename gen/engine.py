@@ -222,12 +222,11 @@ def _entry(
 
 
 def versions() -> dict[str, str]:
-    """What the numbers depend on. Only packages in use: nothing is imported for it."""
+    """What the pixels depend on, without importing any of it."""
+    from importlib.metadata import version
+
     found = {"gen": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers"):
-        if name in sys.modules:
-            found[name] = sys.modules[name].__version__
-    return found
+    return found | {name: version(name) for name in ("torch", "diffusers", "transformers")}
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class GenError(Exception):
         self.message = message
         self.hint = hint
         self.code = code
+        self.finished: list[dict[str, Any]] = []  # results that were complete before it happened
 
     @property
     def exit_code(self) -> int:
@@ -55,6 +57,11 @@ class GenError(Exception):
 
     def to_json(self) -> dict[str, str]:
         return {"code": self.code, "message": self.message, "hint": self.hint}
+
+
+def cancelled() -> GenError:
+    """The user's own wish, in the form of an error."""
+    return GenError("Stopped before the end; nothing half-written was kept.", "", "cancelled")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

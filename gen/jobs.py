@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from gen.errors import GenError
+from gen.errors import GenError, cancelled
 from gen.request import Event, Request, Settings
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def cancel(id: str) -> None:
         job.stop = True
         if job.state == "queued":
             _queue.remove(job)
-            _finish(job, "cancelled", _failed(_cancelled()))
+            _finish(job, "cancelled", _failed(cancelled()))
 
 
 def state(id: str) -> str:
@@ -128,10 +128,6 @@ def _find(id: str) -> _Job:
             "not_found",
         )
     return job
-
-
-def _cancelled() -> GenError:
-    return GenError("Stopped before the end; nothing of the unfinished picture was kept.", "", "cancelled")
 
 
 def _failed(error: GenError) -> Event:
@@ -178,7 +174,7 @@ def _run(job: _Job) -> None:
                 return
             _add(job, event)
             if job.stop:
-                raise _cancelled()
+                raise cancelled()
     except GenError as error:
         _finish(job, "cancelled" if error.code == "cancelled" else "failed", _failed(error))
     except Exception as error:  # a bug: it must reach the watchers and the log, and not end the worker

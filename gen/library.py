@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,14 +158,17 @@ def delete(id: str) -> None:
         entry.path.unlink(missing_ok=True)
 
 
-def typical_seconds(model: str, weights: str, width: int, height: int, steps: int) -> float | None:
-    """Median seconds of the last pictures that took the same work, or None without any."""
+def typical(model: str, weights: str, inputs: Mapping[str, Any]) -> tuple[float, int] | None:
+    """Median (seconds, peak bytes) of the last pictures of the same size and steps, or None without any."""
     rows = _select(
         "WHERE model = ? AND weights = ? AND width = ? AND height = ? "
         "AND json_extract(recipe, '$.request.inputs.steps') = ? ORDER BY created DESC LIMIT 9",
-        (model, weights, width, height, steps),
+        (model, weights, inputs["width"], inputs["height"], inputs["steps"]),
     )
-    return sorted(row.seconds for row in rows)[len(rows) // 2] if rows else None
+    middle = len(rows) // 2
+    if not rows:
+        return None
+    return sorted(row.seconds for row in rows)[middle], sorted(row.peak_bytes for row in rows)[middle]
 
 
 def _select(clause: str, values: tuple[object, ...]) -> list[Entry]:

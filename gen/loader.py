@@ -134,7 +134,7 @@ def memory(device: str) -> int:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """What is expected to go wrong with files of weights, as GenError."""
     hint = (
         f"Restore {folder}: install gen-studio again, fetch the weights again, or see `gen list` for others."

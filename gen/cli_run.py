@@ -1,0 +1,375 @@
+"""`gen run`: from flags, files and stdin to checked requests, and from events to lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from gen import catalog, printing
+from gen.errors import GenError, cancelled
+from gen.progress import Progress, duration
+from gen.request import DEVICES, DTYPES, Input, Request, Result, Settings
+
+TYPED = 3  # the rank of what stands on the command line itself
+RANKS = {ParameterSource.COMMANDLINE: TYPED, ParameterSource.ENVIRONMENT: 2, ParameterSource.DEFAULT_MAP: 1}
+METAVARS = {"text": "TEXT", "integer": "N", "number": "X", "size": "N", "seed": "N", "choice": "NAME"}
+FILE_LIMIT = 2**24  # bytes of prompts
+
+
+def run(ctx: click.Context, /, **params: Any) -> None:
+    """Draw pictures: gen run MODEL PROMPT.
+
+    MODEL is a name from `gen list`, such as pixart-sigma or pixart-sigma:toy. PROMPT may be '-' to read it
+    from stdin. Several prompts and seeds give a picture for each pair.
+
+    \b
+      gen run pixart-sigma "a red cube"
+      gen run pixart-sigma "a red cube" --seed 1 --seed 2 --size 128x192
+      gen run pixart-sigma --prompts prompts.txt --output pictures/
+      gen run --repeat pictures/20261120-153012-1-a-red-cube.png
+    """
+    talk = Progress(quiet=params["quiet"])
+    ranks = {name: RANKS.get(source, 0) for name in params if (source := ctx.get_parameter_source(name))}
+    recipe = _recipe(params["repeat"])
+    requests = _requests(params, ranks, recipe)
+    settings = _settings(params, ranks, recipe)
+    if recipe:
+        for difference in _differences(recipe, requests[0]):
+            talk.say(f"warning: {difference}")
+    if params["dry_run"]:
+        _show_plans(requests, settings, as_json=params["json"] or params["stream"])
+    else:
+        _draw(requests, settings, talk, params)
+
+
+def options() -> list[click.Parameter]:
+    """The parameters of `gen run`: a flag for every input of every model, then what every model shares.
+
+    Values of inputs stay text here: Input.check is the one that judges them.
+    """
+    inputs = {one.name: one for row in catalog.MODELS.values() for one in row.inputs}
+    path = click.Path(path_type=Path)
+    return [
+        click.Argument(["model"], required=False),
+        click.Argument(["words"], required=False, metavar="[PROMPT]"),
+        *(_input_option(one) for one in inputs.values()),
+        _option("--size", metavar="WxH|N", help="Width and height at once."),
+        _option(
+            "--prompts", metavar="FILE|-", env=False, help="Every line of a file, or of stdin, is a prompt."
+        ),
+        _option(
+            "--repeat",
+            metavar="FILE.png",
+            type=path,
+            env=False,
+            help="Draw the picture again from the recipe inside the file; other flags change the recipe.",
+        ),
+        _option(
+            "--weights",
+            metavar="TAG",
+            help="Weights of the model, as in MODEL:TAG (default: best installed).",
+        ),
+        _option(
+            "--output",
+            "-o",
+            metavar="DIR|FILE.png",
+            type=path,
+            help="Where to save (default: GEN_HOME/outputs).",
+        ),
+        _option("--device", type=click.Choice(DEVICES), default="auto", help="Where to compute."),
+        _option("--dtype", type=click.Choice(DTYPES), default="auto", help="Precision of the numbers."),
+        _option("--attention", metavar="NAME", default="auto", help="Attention backend."),
+        click.Option(["--dry-run"], is_flag=True, help="Show what would be done, with estimates, and stop."),
+        click.Option(["--json"], is_flag=True, help="One JSON object on stdout: {ok, data} or {ok, error}."),
+        click.Option(
+            ["--stream"], is_flag=True, help="A JSON object for every event, the last one as --json."
+        ),
+        click.Option(["--quiet", "-q"], is_flag=True, help="No progress; ids instead of paths."),
+    ]
+
+
+def _option(*names: str, env: bool = True, **facts: Any) -> click.Option:
+    variable = "GEN_" + names[0].strip("-").replace("-", "_").upper()
+    return click.Option([*names], envvar=variable if env else None, **facts)
+
+
+def _input_option(one: Input) -> click.Option:
+    several = one.name in ("prompt", "seed")
+    facts = [
+        one.limits() if one.kind != "size" else "",
+        f"default {one.default}" if one.default not in (None, "") else "",
+        "may be given several times" if several else "",
+    ]
+    remarks = ", ".join(fact for fact in facts if fact)
+    return _option(
+        f"--{one.name.replace('_', '-')}",
+        env=not several,
+        type=click.STRING,
+        multiple=several,
+        metavar=METAVARS[one.kind],
+        help=one.help[0].upper() + one.help[1:] + (f" ({remarks})." if remarks else "."),
+    )
+
+
+# --- what to draw ----------------------------------------------------------------------------------------
+
+
+def _requests(
+    params: Mapping[str, Any], ranks: Mapping[str, int], recipe: Mapping[str, Any] | None
+) -> list[Request]:
+    """A request for each prompt and seed. All are checked before the first is drawn."""
+    reference = _reference(params["model"], params["weights"], recipe)
+    row, _ = catalog.find(reference)
+    # Repeating means: as it was. Only what is typed now may change it, no general preference.
+    values = _inputs(row, params, ranks, lowest=TYPED if recipe else 1)
+    texts = _texts(params["words"], params["prompt"], params["prompts"])
+    seeds = params["seed"] or (None,)
+    if recipe:
+        values = {**recipe["request"]["inputs"], **values}
+        seeds = params["seed"] or (recipe["request"]["seed"],)
+    elif not texts and any(one.name == "prompt" for one in row.inputs):
+        raise GenError(
+            "There is no prompt, so there is nothing to draw.",
+            f'Say what to draw, e.g. gen run {reference} "a red cube"',
+            "bad_input",
+        )
+    requests = [
+        Request.build(reference, {**values, **text}, seed)
+        for text in ([{"prompt": text} for text in texts] or [{}])
+        for seed in seeds
+    ]
+    output = params["output"]
+    if len(requests) > 1 and output is not None and output.suffix.lower() == ".png":
+        message = f"{len(requests)} pictures cannot all be {output.name}."
+        raise GenError(message, "Give a folder as the output.", "bad_input")
+    return requests
+
+
+def _reference(model: str | None, weights: str | None, recipe: Mapping[str, Any] | None) -> str:
+    """MODEL[:TAG] from the argument, --weights and the recipe."""
+    if model is None and recipe is None:
+        example = f'gen run {next(iter(catalog.MODELS))} "a red cube"'
+        raise GenError("No model is named.", f"Choose one from `gen list`, e.g. {example}", "bad_input")
+    made_with = recipe["request"] if recipe else {}
+    name = model or str(made_with["model"])
+    row, tag = catalog.find(name)
+    if recipe and row.name != made_with["model"]:
+        message = f"The picture was made with {made_with['model']}, not with {row.name}."
+        raise GenError(message, "Leave the model out to repeat it.", "bad_input")
+    # "--weights pixart-sigma:toy" is accepted as well: people copy it from `gen list`.
+    chosen = weights.removeprefix(f"{row.name}:") if weights else None
+    if chosen and tag and tag != chosen:
+        raise GenError(
+            f"{name} and --weights {weights} contradict each other.", "Give only one.", "bad_input"
+        )
+    tag = chosen or tag or made_with.get("weights")
+    return f"{row.name}:{tag}" if tag else row.name
+
+
+def _inputs(
+    row: catalog.Model, params: Mapping[str, Any], ranks: Mapping[str, int], lowest: int
+) -> dict[str, Any]:
+    """Values by input name, of at least this rank.
+
+    What is typed and not taken by the model is an error; a preference from the environment is not.
+    """
+    taken = {one.name for one in row.inputs}
+    known = {one.name for other in catalog.MODELS.values() for one in other.inputs}
+    for name in (*known, "size"):
+        takes = {"width", "height"} <= taken if name == "size" else name in taken
+        if ranks[name] == TYPED and not takes:
+            raise catalog.not_taken(row, name)
+    values = {name: params[name] for name in taken - {"prompt", "seed"} if ranks[name] >= lowest}
+    if ranks["size"] < lowest or not {"width", "height"} <= taken:
+        return values
+    for name, value in zip(("width", "height"), parse_size(params["size"]), strict=True):
+        if name in values and ranks[name] == ranks["size"]:
+            raise GenError(
+                f"--size and --{name} contradict each other.", "Give only one of them.", "bad_input"
+            )
+        if name not in values or ranks[name] < ranks["size"]:  # the one said nearer to the user wins
+            values[name] = value
+    return values
+
+
+def parse_size(text: str) -> tuple[str, str]:
+    """`128x192` -> ("128", "192"); `128` -> ("128", "128"). Whether the numbers are any good is checked
+    later."""
+    width, cross, height = text.lower().replace("×", "x").partition("x")
+    if not width.strip() or (cross and not height.strip()):
+        message = f"The size '{text[:60]}' lacks its width or height."
+        raise GenError(message, "Write WIDTHxHEIGHT, e.g. 128x192, or one number.", "bad_input")
+    return width, height or width
+
+
+def _texts(words: str | None, flags: Sequence[str], file: str | None) -> list[str]:
+    """The prompts, from one of the three ways to give them."""
+    ways = [
+        way for way, used in (("PROMPT", words is not None), ("--prompt", flags), ("--prompts", file)) if used
+    ]
+    if len(ways) > 1:
+        raise GenError(f"Prompts come from {' and '.join(ways)} at once.", "Use one of them.", "bad_input")
+    if file is None:
+        return [_read("-") if text == "-" else text for text in ([*flags] if words is None else [words])]
+    texts = [line.strip() for line in _read(file).splitlines() if line.strip()]
+    if not texts:
+        raise GenError(f"No line of {file} holds a prompt.", "Write one prompt a line.", "bad_input")
+    return texts
+
+
+def _read(name: str) -> str:
+    """The text of a file, or of stdin for '-'."""
+    try:
+        if name == "-":
+            raw = sys.stdin.buffer.read(FILE_LIMIT + 1)
+        else:
+            with Path(name).open("rb") as file:
+                raw = file.read(FILE_LIMIT + 1)
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise GenError(f"Cannot read {name}: {error.strerror}.", "Check the name.", "bad_input") from None
+    except UnicodeDecodeError:
+        raise GenError(f"{name} is not UTF-8 text.", "Save it as UTF-8.", "bad_input") from None
+    if len(raw) > FILE_LIMIT:
+        raise GenError(f"{name} is longer than {FILE_LIMIT // 2**20} MiB.", "Split it up.", "bad_input")
+    return text
+
+
+# --- repeating ----------------------------------------------------------------------------------------
+
+
+def _recipe(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    from gen import artifacts
+
+    return artifacts.read_recipe(path)
+
+
+def _settings(
+    params: Mapping[str, Any], ranks: Mapping[str, int], recipe: Mapping[str, Any] | None
+) -> Settings:
+    """From the flags; when repeating, what is not typed is as it was when the picture was made."""
+    chosen = {name: params[name] for name in ("device", "dtype", "attention")}
+    if recipe:
+        chosen = {
+            name: value if ranks[name] == TYPED else recipe["settings"][name]
+            for name, value in chosen.items()
+        }
+    return Settings(**chosen, output=params["output"], preview=False)
+
+
+def _differences(recipe: Mapping[str, Any], request: Request) -> list[str]:
+    """What has changed since the picture was made and may change its pixels."""
+    from gen import engine, loader
+    from weights import store
+
+    _, _, folder = catalog.choose(catalog.MODELS[request.model], request.weights)
+    with loader.explained(folder):
+        now = store.fingerprint(folder)
+    then = recipe["weights"]["fingerprint"]
+    found = (
+        [f"the weights are not those of then ({then}, now {now}): expect another picture"]
+        if now != then
+        else []
+    )
+    old, new = recipe["versions"], engine.versions()
+    changed = [
+        f"{name} {old[name]}, now {new[name]}" for name in new if old.get(name, new[name]) != new[name]
+    ]
+    if changed:
+        found.append(f"versions have changed since ({'; '.join(changed)}): pixels may differ slightly")
+    return found
+
+
+# --- drawing ----------------------------------------------------------------------------------------
+
+
+def _draw(requests: list[Request], settings: Settings, talk: Progress, params: Mapping[str, Any]) -> None:
+    """Run the requests, and print each result as soon as it is there."""
+    from gen import engine
+
+    results: list[Result] = []
+    lines = not params["json"] and not params["stream"]
+    try:
+        for number, request in enumerate(requests):
+            if len(requests) > 1 and not talk.quiet:
+                talk.say(f"request {number + 1}/{len(requests)}: {request.inputs.get('prompt', '')[:60]}")
+            for event in engine.run(request, settings):
+                talk.show(event)
+                if params["stream"]:
+                    printing.as_json(event.to_json())
+                if event.result is not None:
+                    results.append(event.result)
+                    talk.clear()
+                    if lines:
+                        printing.line(event.result.id if talk.quiet else str(event.result.path))
+    except (GenError, KeyboardInterrupt) as stop:
+        # What was finished before stays finished, and the envelope of the error names it.
+        error = stop if isinstance(stop, GenError) else cancelled()
+        error.finished = [result.to_json() for result in results]
+        raise error from stop
+    finally:
+        talk.clear()
+    if not lines:
+        printing.ok({"results": [result.to_json() for result in results]})
+
+
+def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> None:
+    """--dry-run: the resolved parameters, with memory and time as far as they are known."""
+    plans = [_plan(request, settings) for request in requests]
+    if as_json:
+        printing.ok({"plans": plans})
+        return
+    for request, plan in zip(requests, plans, strict=True):
+        memory = (
+            f"weights {plan['weights_bytes'] / 2**20:,.0f} MiB ({plan['parameters'] / 1e6:,.1f} M numbers)"
+        )
+        if plan["peak_bytes"]:
+            memory += f", the program {plan['peak_bytes'] / 2**20:,.0f} MiB in all when last drawn"
+        seconds = plan["seconds"]
+        facts = {
+            "model": f"{request.model}:{request.weights}" + (" (TOY weights)" if plan["toy"] else ""),
+            **request.inputs,
+            "seed": request.seed,
+            "count": request.count,
+            "output": plan["output"],
+            "memory": memory,
+            "time": "not known before the first picture" if seconds is None else f"about {duration(seconds)}",
+        }
+        printing.line("\n".join(f"{name:<16} {value}" for name, value in facts.items()))
+
+
+def _plan(request: Request, settings: Settings) -> dict[str, Any]:
+    from gen import library, loader
+    from weights import store
+
+    tag, facts, folder = catalog.choose(catalog.MODELS[request.model], request.weights)
+    with loader.explained(folder):
+        store.verify(folder, checksums=False)
+        parameters = store.parameters(folder)
+    seconds, peak = library.typical(request.model, tag, request.inputs) or (None, None)
+    return {
+        "request": request.to_json(),
+        "toy": facts.is_toy,
+        "licence": facts.licence,
+        "output": str((settings.output or library.outputs()).absolute()),
+        "parameters": parameters,
+        "weights_bytes": parameters * (2 if settings.dtype in ("bfloat16", "float16") else 4),
+        "peak_bytes": peak,
+        "seconds": None if seconds is None else round(seconds * request.count, 2),
+    }
+
+
+command = click.Command(
+    "run",
+    callback=click.pass_context(run),
+    params=options(),
+    help=run.__doc__,
+    short_help="Draw pictures: gen run MODEL PROMPT.",
+)
