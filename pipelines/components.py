@@ -1,0 +1,146 @@
+"""The parts of a pipeline folder: which class reads which, and reading them.
+
+Parts named in `model_index.json` are looked up in a table, so a folder cannot name code to run. Where a part has
+a class of ours and one of the libraries', ours is taken when it covers the configuration: it computes the same
+numbers (tests compare them) and saves importing the library, which takes longer than a small picture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.models.network import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One class that a folder may name. Classes are "module:name", imported when needed."""
+
+    ours: str = ""
+    theirs: str = ""
+    config: str = "config.json"
+    kind: str = "model"  # what it is loaded as: "model", "tokenizer" or "scheduler"
+
+
+def _scheduler(name: str, ours: str = "") -> Part:
+    return Part(ours=ours, theirs=f"diffusers:{name}", config="scheduler_config.json", kind="scheduler")
+
+
+_TOKENIZER = Part(
+    ours="pipelines.tokenizer:Tokenizer",
+    theirs="transformers:AutoTokenizer",
+    config="tokenizer_config.json",
+    kind="tokenizer",
+)
+_PIXART = Part(ours="pipelines.models.pixart:PixArtTransformer2DModel")
+
+PARTS: Mapping[str, Part] = {
+    "PixArtTransformer2DModel": _PIXART,
+    "Transformer2DModel": _PIXART,  # what it was called when the checkpoints were published
+    "AutoencoderKL": Part(ours="pipelines.models.autoencoder:AutoencoderKL", theirs="diffusers:AutoencoderKL"),
+    "T5EncoderModel": Part(ours="pipelines.models.t5:T5EncoderModel", theirs="transformers:T5EncoderModel"),
+    "T5Tokenizer": _TOKENIZER,
+    "T5TokenizerFast": _TOKENIZER,
+    "PreTrainedTokenizerFast": _TOKENIZER,
+    "DPMSolverMultistepScheduler": _scheduler("DPMSolverMultistepScheduler", "pipelines.dpm_solver:DPMSolver"),
+    **{
+        name: _scheduler(name)
+        for name in (
+            "DDIMScheduler",
+            "DDPMScheduler",
+            "DEISMultistepScheduler",
+            "DPMSolverSinglestepScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "HeunDiscreteScheduler",
+            "LMSDiscreteScheduler",
+            "PNDMScheduler",
+            "SASolverScheduler",
+            "UniPCMultistepScheduler",
+        )
+    },
+}
+
+
+def resolve(name: str) -> type:
+    """ "module:Class" to the class."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def read_index(folder: Path, pipeline: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Part -> class name, from model_index.json.
+
+    Raises ValueError: the file is missing, belongs to another family, or does not list all parts.
+    """
+    index = read_json(folder / "model_index.json")
+    family = index.get("_class_name")
+    if family != pipeline:
+        raise ValueError(f"{folder} holds a {family}, not a {pipeline}")
+    classes = {}
+    for name in names:
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise ValueError(f"{folder / 'model_index.json'} lists no {name}")
+        if entry[1] not in PARTS:
+            raise ValueError(f"{folder / 'model_index.json'}: {name} is a {entry[1]}, which is not supported")
+        classes[name] = entry[1]
+    return classes
+
+
+def write_index(folder: Path, pipeline: str, classes: Mapping[str, tuple[str, str]]) -> None:
+    """model_index.json, as diffusers writes it: part -> (library, class)."""
+    entries: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.42.1"}
+    entries |= {name: list(entry) for name, entry in sorted(classes.items())}
+    (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def load(
+    folder: Path,
+    class_name: str,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    own: bool = True,
+) -> Any:
+    """One part from its folder. `own` False takes the library's class wherever there is one.
+
+    Raises ValueError: the folder or a file in it is missing or does not fit.
+    """
+    part = PARTS[class_name]
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing")
+    entries = read_json(folder / part.config)
+    class_ = _choose(part, entries, folder, own)
+    if part.kind != "model":
+        return class_.from_pretrained(folder)
+    if class_.__module__.startswith("pipelines."):
+        return class_.from_pretrained(folder, torch_dtype=torch_dtype, device=device)
+    try:
+        # Never pickles, and never a look at the network for a file that is not there.
+        options = {"use_safetensors": True, "local_files_only": True}
+        model = class_.from_pretrained(folder, torch_dtype=torch_dtype or "auto", **options)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return model.to(device).eval()
+
+
+def _choose(part: Part, entries: Mapping[str, Any], folder: Path, own: bool) -> type:
+    if part.ours and (own or not part.theirs):
+        class_ = resolve(part.ours)
+        arguments = (entries, folder) if part.kind == "tokenizer" else (entries,)
+        if not part.theirs or class_.supports(*arguments):
+            return class_
+        log.info("%s: %s does not cover this configuration, taking %s", folder, part.ours, part.theirs)
+    return resolve(part.theirs)

@@ -1,0 +1,181 @@
+"""The base of our networks: a configuration, and folders that diffusers and transformers read and write too.
+
+Why not their base classes: importing diffusers' ModelMixin takes several times as long as importing torch, and
+a picture from the small weights would mostly be waiting for imports. The folders are the same: `config.json` and
+safetensors, in one file or in shards with an index. Only safetensors are read, never pickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Config = Any  # a frozen data class, one per network
+
+
+class Network(nn.Module):
+    """A module built from a configuration. Subclasses fill in the class attributes."""
+
+    config_class: ClassVar[type]
+    weights_name: ClassVar[str] = "diffusion_pytorch_model.safetensors"
+    header: ClassVar[Mapping[str, Any]]  # entries of config.json by which the libraries know the class
+    required: ClassVar[tuple[str, ...]] = ()  # keys without which the shapes would be guessed
+    ignored: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # keys of older configurations: values meaning "off"
+    takes_unknown_keys: ClassVar[bool] = False
+
+    def __init__(self, config: Config = None, **options: Any) -> None:
+        super().__init__()
+        self.config = self.config_class(**options) if config is None else config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @classmethod
+    def read_config(cls, folder: Path | str) -> Config:
+        """The configuration in the folder. Raises ValueError naming what is missing, unknown or unsupported."""
+        path = Path(folder) / "config.json"
+        entries = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+        lacking = [key for key in cls.required if key not in entries]
+        if lacking:
+            raise ValueError(f"{path} lacks {', '.join(map(repr, lacking))}")
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        for key in entries.keys() - known:
+            if key in cls.ignored and entries[key] in cls.ignored[key]:
+                continue
+            if not cls.takes_unknown_keys:
+                raise ValueError(f"{path}: unknown key '{key}' with value {entries[key]!r}")
+        chosen = {key: _frozen(entries[key]) for key in entries.keys() & known}
+        try:
+            return cls.config_class(**chosen)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        torch_dtype: torch.dtype | None = None,  # None keeps what the file holds
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Read configuration and weights, ready for inference.
+
+        Raises ValueError: files missing or unreadable, keys or shapes that do not fit, numbers that are not finite.
+        """
+        folder = Path(folder)
+        config = cls.read_config(folder)
+        with torch.device("meta"), _Uninitialised():  # no memory and no random numbers, to be overwritten
+            model = cls(config)
+        state = model.rename(read_tensors(folder, cls.weights_name))
+        model.check_state(state, folder)
+        # Moving one tensor at a time keeps the peak at one copy of the weights.
+        state = {key: model.cast(key, state.pop(key), torch_dtype, device) for key in list(state)}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json and one safetensors file, as the libraries do."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = {**self.header, **dataclasses.asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+        save_file(state, folder / self.weights_name, metadata={"format": "pt"})
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Bring keys of older files to today's names."""
+        return state
+
+    def cast(
+        self, key: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Tensor:
+        """One tensor as the model wants it; subclasses keep some in float32."""
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    def check_state(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Refuse weights that do not belong to this configuration, naming the first tensors that differ."""
+        wanted = {key: tensor.shape for key, tensor in self.state_dict().items()}
+        for problem, keys in (
+            ("has no", wanted.keys() - state.keys()),
+            ("has unexpected", state.keys() - wanted.keys()),
+        ):
+            if keys:
+                first = ", ".join(sorted(keys)[:3])
+                raise ValueError(f"{folder}: the file {problem} {len(keys)} tensors, such as {first}")
+        for key, shape in wanted.items():
+            if state[key].shape != shape:
+                raise ValueError(
+                    f"{folder}: {key} is {tuple(state[key].shape)}, config.json means {tuple(shape)}"
+                )
+        for key, tensor in state.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{folder}: {key} holds numbers that are not finite (NaN or infinity)")
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out `torch.nn.init`. On the meta device its normal_ would import torch's whole compiler: seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of its shards. Raises ValueError naming the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = [folder / name]
+    index = folder / f"{name}.index.json"
+    if not files[0].exists() and index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no 'weight_map'")
+        for shard in shards.values():  # a plain name: an index must not lead out of its folder
+            if Path(str(shard)).name != shard:
+                raise ValueError(f"{index} names a file outside its folder: {shard!r}")
+        files = [folder / shard for shard in sorted(set(shards.values()))]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except FileNotFoundError as error:
+            raise ValueError(f"{file} is missing (weights are read from safetensors only)") from error
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+    return tensors
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,437 @@
+"""PixArt-alpha and PixArt-Sigma: a diffusion transformer for text. arXiv:2310.00426, arXiv:2403.04692.
+
+State-dict keys and configuration are those of diffusers' `PixArtTransformer2DModel`, so that its checkpoints load
+unchanged, and the numbers agree with it. What does not change between the steps of one picture can be computed
+once and handed in: `text_states` (caption projection, keys and values of every block's cross-attention),
+`modulation` (the adaLN tables of all steps) and the position table, which the model keeps per size.
+
+Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head width, C channels, Y X latent rows and
+columns, S timesteps in one table, E blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipelines.attention import Attend, sdpa_attention
+from pipelines.models.layers import TIME_FEATURES, Embedder, position_table, time_features
+from pipelines.models.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixArtConfig:
+    """Names and defaults of diffusers. Defaults are PixArt XL/2 at 1024 pixels."""
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int | None = 8  # twice the latent channels when the variance is learned; None: in_channels
+    num_layers: int = 28
+    dropout: float = 0.0
+    norm_num_groups: int = 32  # unused, kept for the round trip
+    cross_attention_dim: int | None = 1152
+    attention_bias: bool = True
+    sample_size: int = 128  # latent rows and columns of the native picture
+    patch_size: int = 2
+    activation_fn: str = "gelu-approximate"
+    num_embeds_ada_norm: int | None = 1000  # unused, kept for the round trip
+    upcast_attention: bool = False
+    norm_type: str = "ada_norm_single"
+    norm_elementwise_affine: bool = False
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None  # of positions; None: sample_size // 64, at least 1
+    use_additional_conditions: bool | None = None  # size and aspect ratio; None: yes when sample_size is 128
+    caption_channels: int | None = None  # width of the text encoder; None: captions already fit
+    attention_type: str | None = "default"
+
+    def __post_init__(self) -> None:
+        for name, only in (
+            ("activation_fn", "gelu-approximate"),
+            ("norm_type", "ada_norm_single"),
+            ("attention_type", "default"),
+            ("upcast_attention", False),
+        ):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name} must be {only!r}, not {getattr(self, name)!r}")
+        for name in ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "patch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        if self.width % 4:
+            raise ValueError(f"the width {self.width} (heads x head size) must be divisible by 4")
+        if self.caption_channels is not None and self.cross_attention_dim != self.width:
+            raise ValueError(
+                f"cross_attention_dim is {self.cross_attention_dim}, but captions are projected to {self.width}"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def scale(self) -> float:
+        return max(self.sample_size // 64, 1) if self.interpolation_scale is None else self.interpolation_scale
+
+    @property
+    def micro_conditions(self) -> bool:
+        if self.use_additional_conditions is None:
+            return self.sample_size == 128
+        return self.use_additional_conditions
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """Neighbouring rows of a batch whose captions are handled alike, and what each block needs of them."""
+
+    rows: slice
+    keys: tuple[Tensor, ...] = ()  # per block (B, H, L, K)
+    values: tuple[Tensor, ...] = ()
+    mask_B11L: Tensor | None = None  # True for real tokens; None when all are
+    constants: tuple[Tensor, ...] = ()  # per block (B, 1, D), instead of keys and values: see `text_states`
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Everything of a batch of captions that no step changes."""
+
+    runs: tuple[TextRun, ...]
+    batch: int
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """adaLN tables of S timesteps: shift, scale + 1 and gate of attention and of the feed-forward, per block."""
+
+    blocks_ES6D: Tensor
+    final_S2D: Tensor
+
+    def at(self, step: int) -> Modulation:
+        """The table of one step, valid for any batch."""
+        return Modulation(self.blocks_ES6D[:, step : step + 1], self.final_S2D[step : step + 1])
+
+    def repeat(self, times: int) -> Modulation:
+        """For a batch that is repeated; one row serves any batch as it is."""
+        if self.final_S2D.shape[0] == 1:
+            return self
+        return Modulation(self.blocks_ES6D.repeat(1, times, 1, 1), self.final_S2D.repeat(times, 1, 1))
+
+
+class Output(NamedTuple):
+    """Named like diffusers' output, and a tuple as well."""
+
+    sample: Tensor  # (B, C, Y, X)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `attend` is the function of `pipelines.attention` it computes with."""
+
+    attend: Attend
+
+    def __init__(self, width: int, context: int, heads: int, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context, width, bias=bias)
+        self.to_v = nn.Linear(context, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
+        self.attend = sdpa_attention
+
+    def split(self, x_BND: Tensor) -> Tensor:
+        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def out(self, y_BND: Tensor) -> Tensor:
+        return self.to_out[1](self.to_out[0](y_BND))
+
+    def keys_and_values(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Two of (B, H, L, K)."""
+        return self.split(self.to_k(x_BLD)), self.split(self.to_v(x_BLD))
+
+    def forward(self, x_BND: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor | None = None) -> Tensor:
+        y_BHNK = self.attend(self.split(self.to_q(x_BND)), k_BHLK, v_BHLK, mask)
+        return self.out(y_BHNK.transpose(1, 2).flatten(2))
+
+
+class Gelu(nn.Module):
+    """Linear, then GELU in its tanh approximation."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return functional.gelu(self.proj(x_BND), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(Gelu(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.net(x_BND)
+
+
+class Block(nn.Module):
+    """adaLN-single (section 2.3 of the first paper): every block shares one modulation, plus its own offsets."""
+
+    def __init__(self, config: PixArtConfig) -> None:
+        super().__init__()
+        width, heads, dropout = config.width, config.num_attention_heads, config.dropout
+        context = config.cross_attention_dim or width
+        affine = config.norm_elementwise_affine
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
+        self.attn1 = Attention(width, width, heads, config.attention_bias, dropout)
+        self.attn2 = Attention(width, context, heads, config.attention_bias, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
+        self.ff = FeedForward(width, dropout)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def attend_image(self, x_BND: Tensor, table_B6D: Tensor) -> Tensor:
+        shift, scale, gate = table_B6D[:, :3, None].unbind(1)
+        y_BND = torch.addcmul(shift, self.norm1(x_BND), scale)
+        return torch.addcmul(x_BND, gate, self.attn1(y_BND, *self.attn1.keys_and_values(y_BND)))
+
+    def attend_text(self, x_BND: Tensor, text: TextStates, block: int) -> Tensor:
+        parts = [self._attend_run(x_BND[run.rows], run, block) for run in text.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_run(self, x_BND: Tensor, run: TextRun, block: int) -> Tensor:
+        if run.constants:
+            return x_BND + run.constants[block]
+        return x_BND + self.attn2(x_BND, run.keys[block], run.values[block], run.mask_B11L)
+
+    def feed_forward(self, x_BND: Tensor, table_B6D: Tensor) -> Tensor:
+        shift, scale, gate = table_B6D[:, 3:, None].unbind(1)
+        y_BND = torch.addcmul(shift, self.norm2(x_BND), scale)
+        return torch.addcmul(x_BND, gate, self.ff(y_BND))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, latents_BCYX: Tensor) -> Tensor:
+        return self.proj(latents_BCYX).flatten(2).transpose(1, 2)
+
+
+class Conditions(nn.Module):
+    """Timestep, and where asked for picture size and aspect ratio, to one vector."""
+
+    def __init__(self, width: int, micro_conditions: bool) -> None:
+        super().__init__()
+        self.timestep_embedder = Embedder(TIME_FEATURES, width)
+        self.micro_conditions = micro_conditions
+        if micro_conditions:
+            self.resolution_embedder = Embedder(TIME_FEATURES, width // 3)
+            self.aspect_ratio_embedder = Embedder(TIME_FEATURES, width // 3)
+
+    def forward(self, timesteps_S: Tensor, added: Mapping[str, Tensor | None]) -> Tensor:
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        vector_SD = self.timestep_embedder(time_features(timesteps_S).to(dtype))
+        if not self.micro_conditions:
+            return vector_SD
+        resolution, aspect_ratio = added.get("resolution"), added.get("aspect_ratio")
+        if resolution is None or aspect_ratio is None:
+            raise ValueError("this model needs added_cond_kwargs with resolution (B, 2) and aspect_ratio (B, 1)")
+        rows = resolution.shape[0]
+        size = self.resolution_embedder(time_features(resolution.flatten()).to(dtype)).reshape(rows, -1)
+        ratio = self.aspect_ratio_embedder(time_features(aspect_ratio.flatten()).to(dtype)).reshape(rows, -1)
+        return vector_SD + torch.cat([size, ratio], dim=1)
+
+
+class AdaLNSingle(nn.Module):
+    def __init__(self, width: int, micro_conditions: bool) -> None:
+        super().__init__()
+        self.emb = Conditions(width, micro_conditions)
+        self.linear = nn.Linear(width, 6 * width)
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, captions_BLD: Tensor) -> Tensor:
+        return self.linear_2(functional.gelu(self.linear_1(captions_BLD), approximate="tanh"))
+
+
+class PixArtTransformer2DModel(Network):
+    """Latents, timesteps and captions to a prediction (noise, velocity or picture: the scheduler knows)."""
+
+    config: PixArtConfig
+    config_class = PixArtConfig
+    header: ClassVar[Mapping[str, Any]] = {
+        "_class_name": "PixArtTransformer2DModel",
+        "_diffusers_version": "0.42.1",
+    }
+    required = (
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "out_channels",
+        "num_layers",
+        "sample_size",
+        "patch_size",
+        "caption_channels",
+    )
+    # Checkpoints published as Transformer2DModel carry options of other families, switched off.
+    ignored: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "double_self_attention": (False,),
+        "only_cross_attention": (False,),
+        "num_vector_embeds": (None, False),
+        "use_linear_projection": (False,),
+    }
+
+    def __init__(self, config: PixArtConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
+        width = config.width
+        self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
+        self.pos_embed = PatchEmbed(config.in_channels, width, config.patch_size)
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.proj_out = nn.Linear(width, config.patch_size**2 * self.out_channels)
+        self.adaln_single = AdaLNSingle(width, config.micro_conditions)
+        self.caption_projection = (
+            None if config.caption_channels is None else CaptionProjection(config.caption_channels, width)
+        )
+        self._positions: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+    def text_states(
+        self,
+        encoder_hidden_states: Tensor,  # (B, L, caption_channels)
+        mask: Tensor | None = None,  # (B, L), True or 1 for real tokens; None: all are
+        *,
+        trim: bool = True,
+    ) -> TextStates:
+        """Caption projection and every block's cross-attention keys and values: once per picture.
+
+        `trim` cuts padding off, which weighs exactly nothing. Rows with one token, the empty prompt above all,
+        become constants: the softmax over one key is 1, so the output is that token's value, whatever the query.
+        Trimming looks at the mask's numbers; without it nothing leaves the device, and every row needs a token.
+
+        Raises ValueError for a mask of another shape or, when trimming, a row without a real token.
+        """
+        captions_BLD = encoder_hidden_states
+        batch, length = captions_BLD.shape[:2]
+        if mask is not None:
+            if mask.shape != (batch, length):
+                raise ValueError(f"the mask is {tuple(mask.shape)}, the captions are {(batch, length)}")
+            mask = mask.to(captions_BLD.device).bool()
+        if not trim:
+            mask_B11L = None if mask is None else mask[:, None, None]
+            return TextStates((self._text_run(slice(0, batch), captions_BLD, mask_B11L),), batch)
+        kept = [list(range(length))] * batch
+        if mask is not None:
+            kept = [[index for index, real in enumerate(row) if real] for row in mask.tolist()]
+        if not all(kept):
+            raise ValueError("a caption has no real token; the empty prompt still has its end token")
+        runs = []
+        for alone, group in groupby(range(batch), key=lambda row: len(kept[row]) == 1):
+            rows = list(group)
+            longest = max(len(kept[row]) for row in rows)
+            trimmed = captions_BLD.new_zeros(len(rows), longest, captions_BLD.shape[-1])
+            real = torch.zeros(len(rows), longest, dtype=torch.bool, device=captions_BLD.device)
+            for index, row in enumerate(rows):
+                count = len(kept[row])
+                trimmed[index, :count] = captions_BLD[row, kept[row]]
+                real[index, :count] = True
+            mask_B11L = None if all(len(kept[row]) == longest for row in rows) else real[:, None, None]
+            runs.append(self._text_run(slice(rows[0], rows[-1] + 1), trimmed, mask_B11L, constant=alone))
+        return TextStates(tuple(runs), batch)
+
+    def _text_run(
+        self, rows: slice, captions_BLD: Tensor, mask_B11L: Tensor | None, constant: bool = False
+    ) -> TextRun:
+        if self.caption_projection is not None:
+            captions_BLD = self.caption_projection(captions_BLD)
+        layers = [block.attn2 for block in self.transformer_blocks]
+        if constant:
+            return TextRun(rows, constants=tuple(layer.out(layer.to_v(captions_BLD)) for layer in layers))
+        pairs = [layer.keys_and_values(captions_BLD) for layer in layers]
+        return TextRun(rows, tuple(k for k, _ in pairs), tuple(v for _, v in pairs), mask_B11L)
+
+    def modulation(
+        self,
+        timesteps: Tensor,  # (S,): a batch's timesteps, or all steps of a schedule
+        added_cond_kwargs: Mapping[str, Tensor | None] | None = None,  # resolution (1 or S, 2), aspect_ratio (.., 1)
+    ) -> Modulation:
+        """The adaLN tables of these timesteps; `at(i)` is the one of step i."""
+        vector_SD = self.adaln_single.emb(timesteps, added_cond_kwargs or {})
+        shared_S6D = self.adaln_single.linear(functional.silu(vector_SD)).unflatten(-1, (6, -1))
+        own_E6D = torch.stack([block.scale_shift_table for block in self.transformer_blocks])
+        one_6 = shared_S6D.new_tensor([0, 1, 0, 0, 1, 0])  # scales multiply as 1 + scale
+        blocks_ES6D = own_E6D[:, None] + shared_S6D + one_6[:, None]
+        final_S2D = self.scale_shift_table + vector_SD[:, None] + one_6[:2, None]
+        return Modulation(blocks_ES6D, final_S2D)
+
+    def positions(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(1, rows * columns, D) position table, computed once per size."""
+        key = (rows, columns, dtype, device)
+        if key not in self._positions:
+            if len(self._positions) >= 16:  # sizes of a long-lived page: forget the oldest
+                del self._positions[next(iter(self._positions))]
+            base = self.config.sample_size // self.config.patch_size
+            table = position_table(rows, columns, self.config.width, base, self.config.scale)
+            self._positions[key] = table.to(device=device, dtype=dtype)[None]
+        return self._positions[key]
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, C, Y, X) latents
+        encoder_hidden_states: Tensor | None = None,  # (B, L, caption_channels), unless `text` is given
+        timestep: Tensor | None = None,  # (B,) or one number, unless `modulation` is given
+        added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
+        encoder_attention_mask: Tensor | None = None,  # (B, L), True or 1 for real tokens
+        return_dict: bool = True,  # either way the result is a tuple whose first entry is `sample`
+        *,
+        text: TextStates | None = None,
+        modulation: Modulation | None = None,  # one row, or one per row of the batch
+    ) -> Output:
+        """(B, out_channels, Y, X).
+
+        `text` may hold r times as many rows as there are latents: the latents are then taken r times over, as
+        guidance does with its two halves. What comes before the first text is computed once for all of them.
+        """
+        batch, _, rows, columns = hidden_states.shape
+        patch = self.config.patch_size
+        if rows % patch or columns % patch:
+            raise ValueError(f"latents of {rows} x {columns} cannot be cut into patches of {patch}")
+        if text is None:
+            if encoder_hidden_states is None:
+                raise ValueError("give encoder_hidden_states or text")
+            text = self.text_states(encoder_hidden_states, encoder_attention_mask, trim=False)
+        if modulation is None:
+            if timestep is None:
+                raise ValueError("give timestep or modulation")
+            modulation = self.modulation(timestep.reshape(-1), added_cond_kwargs)
+        times, remainder = divmod(text.batch, batch)
+        if remainder or not times:
+            raise ValueError(f"{text.batch} captions do not fit {batch} latents")
+
+        x_BND = self.pos_embed(hidden_states)
+        x_BND = x_BND + self.positions(rows // patch, columns // patch, x_BND.dtype, x_BND.device)
+        for index, block in enumerate(self.transformer_blocks):
+            x_BND = block.attend_image(x_BND, modulation.blocks_ES6D[index])
+            if index == 0 and times > 1:
+                x_BND, modulation = x_BND.repeat(times, 1, 1), modulation.repeat(times)
+            x_BND = block.attend_text(x_BND, text, index)
+            x_BND = block.feed_forward(x_BND, modulation.blocks_ES6D[index])
+
+        shift, scale = modulation.final_S2D[:, :, None].unbind(1)
+        x_BND = self.proj_out(torch.addcmul(shift, self.norm_out(x_BND), scale))
+        return Output(self._unpatch(x_BND, rows // patch, columns // patch))
+
+    def _unpatch(self, x_BND: Tensor, rows: int, columns: int) -> Tensor:
+        patch = self.config.patch_size
+        x = x_BND.reshape(-1, rows, columns, patch, patch, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, rows * patch, columns * patch)

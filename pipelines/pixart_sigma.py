@@ -1,0 +1,559 @@
+"""PixArt-Sigma: words to a picture. Chen et al. 2024, arXiv:2403.04692.
+
+The pipeline reads and writes ordinary diffusers folders, takes the arguments of diffusers' `PixArtSigmaPipeline`
+and draws the same pictures. Three things differ, on purpose:
+
+- `denoise` is a generator that yields after each step. Leaving the loop, or `close()`, cancels the picture.
+- A prompt is encoded at its real length. diffusers pads to 300 tokens and masks them, to the same effect.
+- Noise is drawn in float32 on the generator's device, so that a CPU seed means one picture on every device and
+  in every dtype; diffusers draws it in the dtype of the text encoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipelines import Step, attention, components
+from pipelines.bins import BINS, nearest_bin
+from pipelines.models.pixart import PixArtTransformer2DModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Predict = Callable[[Tensor, int, Tensor], Tensor]  # latents, index of the step, timestep -> prediction
+Callback = Callable[["PixArtSigmaPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_STEPS = 1000  # as many as there are training timesteps
+
+
+@dataclass
+class ImagePipelineOutput:
+    """Named like diffusers' result."""
+
+    images: Any
+
+
+class PixArtSigmaPipeline:
+    """Five parts and the recipe that joins them. Parts may be ours or the libraries', in any mixture."""
+
+    parts = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        transformer: PixArtTransformer2DModel,
+        scheduler: Any,  # a model to copy: every run walks its own
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.interrupt = False  # a callback may set it to stop after the current step
+        self._preview_map: Tensor | None = None
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        torch_dtype: torch.dtype | None = None,  # None: as stored
+        device: torch.device | str | None = None,  # None: the CPU
+        own_parts: bool = True,  # False: diffusers' and transformers' classes for all but the transformer
+    ) -> Self:
+        """Read a diffusers folder.
+
+        Raises ValueError naming the file: parts missing, another family, keys or tensors that do not fit, numbers
+        that are not finite.
+        """
+        folder = Path(folder)
+        classes = components.read_index(folder, "PixArtSigmaPipeline", cls.parts)
+        loaded = {
+            name: components.load(
+                folder / name, classes[name], torch_dtype=torch_dtype, device=device, own=own_parts
+            )
+            for name in cls.parts
+        }
+        text_width, caption_width = (
+            loaded["text_encoder"].config.d_model,
+            loaded["transformer"].config.caption_channels,
+        )
+        if caption_width not in (None, text_width):
+            raise ValueError(
+                f"{folder}: the text encoder writes {text_width} numbers per token, "
+                f"the transformer reads {caption_width}"
+            )
+        return cls(**loaded)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write a folder that diffusers' pipeline reads as well."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in self.parts:
+            getattr(self, name).save_pretrained(folder / name)
+        scheduler = type(self.scheduler).__name__
+        components.write_index(
+            folder,
+            "PixArtSigmaPipeline",
+            {
+                "tokenizer": ("transformers", "T5Tokenizer"),
+                "text_encoder": ("transformers", "T5EncoderModel"),
+                "vae": ("diffusers", "AutoencoderKL"),
+                "transformer": ("diffusers", "PixArtTransformer2DModel"),
+                "scheduler": (
+                    "diffusers",
+                    "DPMSolverMultistepScheduler" if scheduler == "DPMSolver" else scheduler,
+                ),
+            },
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the networks."""
+        for name in ("text_encoder", "vae", "transformer"):
+            getattr(self, name).to(device=device, dtype=dtype)
+        return self
+
+    def set_attention(self, name: str = "auto") -> str:
+        """Choose the transformer's attention function; see `pipelines.attention`."""
+        return attention.set_attention(self.transformer, name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def native_size(self) -> int:
+        """Pixels per side of the pictures it was trained on."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        """Sizes that are drawn as they are must be multiples of this many pixels."""
+        return self.transformer.config.patch_size * self.vae_scale_factor
+
+    # The recipe
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        num_inference_steps: int = 20,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        use_resolution_binning: bool = True,
+        **options: Any,  # see `denoise`
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw, and return the pictures."""
+        step = None
+        for step in self.denoise(  # noqa: B007 - the last step is what we are after
+            prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            height=height,
+            width=width,
+            use_resolution_binning=use_resolution_binning,
+            output_type=output_type,
+            **options,
+        ):
+            pass
+        assert step is not None  # there is at least one step
+        size = (height or self.native_size, width or self.native_size)
+        images = self.decode(step.latents, output_type, size=size)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        negative_prompt: str | list[str] = "",
+        height: int | None = None,  # pixels; None: native
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        timesteps: Sequence[int] | None = None,  # instead of a number of steps
+        guidance_scale: float = 4.5,  # 1 or less: no guidance, half the work
+        generator: Generators = None,  # one for all pictures, or a list with one for each
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,  # for schedulers that have it
+        latents: Tensor | None = None,  # (B, C, Y, X) of standard noise, instead of drawing it
+        prompt_embeds: Tensor | None = None,  # (B, L, D), instead of a prompt
+        prompt_attention_mask: Tensor | None = None,  # (B, L)
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        clean_caption: bool = False,
+        max_sequence_length: int = 300,  # tokens
+        use_resolution_binning: bool = True,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Iterator[Step]:
+        """Yield a Step after each denoising step; stop iterating to cancel."""
+        # 1. Refuse what we cannot do
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        self.check(**arguments)
+        # 2. Words to text states, the unconditional half first
+        guided = guidance_scale > 1.0
+        captions, mask = self._captions(
+            prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt, clean_caption, max_sequence_length
+        )
+        if guided:
+            negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+            empty, empty_mask = self._captions(
+                negative_prompts,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                num_images_per_prompt if len(negative_prompts) > 1 else captions.shape[0],
+                clean_caption,
+                max_sequence_length,
+            )
+            batch = captions.shape[0]
+            captions, mask = _stack((empty, empty_mask), (captions, mask))
+        else:
+            batch = captions.shape[0]
+        text = self.transformer.text_states(captions, mask)
+        # 3. Start from noise
+        size = self.drawn_size(height, width, use_resolution_binning)
+        scheduler = copy.deepcopy(self.scheduler)
+        noise = self.noise(batch, *size, generator) if latents is None else latents
+        latents = noise.to(self.device, torch.float32) * scheduler.init_noise_sigma
+        # 4. Walk the schedule
+        if timesteps is None:
+            scheduler.set_timesteps(num_inference_steps, device=self.device)
+        else:
+            scheduler.set_timesteps(timesteps=list(timesteps), device=self.device)
+        modulation = self.transformer.modulation(scheduler.timesteps, self.micro_conditions(*size))
+        predict = self.predictor(text, modulation, guidance_scale if guided else 1.0)
+        extra = _accepted(scheduler.step, {"generator": generator, "eta": eta})
+        count = len(scheduler.timesteps)
+        self.interrupt = False
+        for index, timestep in enumerate(scheduler.timesteps):
+            prediction = predict(scheduler.scale_model_input(latents, timestep), index, timestep)
+            latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                offered = {"latents": latents, "prompt_embeds": captions}
+                chosen = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, index, timestep, chosen) or {}
+                latents = returned.get("latents", latents)
+            yield Step(index, count, latents, timestep, getattr(scheduler, "denoised", None))
+            if self.interrupt:
+                return
+
+    def predictor(self, text: Any, modulation: Any, guidance_scale: float) -> Predict:
+        """The function a step calls: latents to the guided prediction, float32. Caches wrap this, one per run."""
+        transformer, channels = self.transformer, self.transformer.config.in_channels
+
+        def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
+            predicted = transformer(latents.to(transformer.dtype), text=text, modulation=modulation.at(index)).sample
+            if transformer.out_channels == 2 * channels:  # the other half is the learned variance
+                predicted = predicted[:, :channels]
+            predicted = predicted.float()
+            if guidance_scale <= 1.0:
+                return predicted
+            without, with_text = predicted.chunk(2)
+            return without + guidance_scale * (with_text - without)
+
+        return predict
+
+    # Its verbs
+
+    def check(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        negative_prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        timesteps: Sequence[int] | None = None,
+        guidance_scale: float = 4.5,
+        generator: Generators = None,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int = 300,
+        use_resolution_binning: bool = True,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **_: Any,
+    ) -> None:
+        """Raise ValueError for anything `denoise` could not do with these arguments, before any work."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        _check_texts("prompt", prompt)
+        _check_texts("negative_prompt", negative_prompt)
+        _check_embeds("prompt", prompt_embeds, prompt_attention_mask)
+        _check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
+        prompts = _rows(prompt, prompt_embeds)
+        negatives = _rows(negative_prompt, negative_prompt_embeds)
+        if guidance_scale > 1.0 and negatives not in (1, prompts):
+            raise ValueError(f"there are {negatives} negative prompts for {prompts} prompts")
+        _check_integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
+        _check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        _check_integer("max_sequence_length", max_sequence_length, 1, 10_000)
+        if timesteps is not None and (
+            not timesteps or any(later >= earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False))
+        ):
+            raise ValueError("timesteps must be descending")
+        if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale) or guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be a number of 0 or more, not {guidance_scale!r}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
+        if unknown:
+            raise ValueError(f"callbacks can be given latents and prompt_embeds, not {', '.join(sorted(unknown))}")
+        self._check_size("height", height, use_resolution_binning)
+        self._check_size("width", width, use_resolution_binning)
+        batch = prompts * num_images_per_prompt
+        if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != batch:
+            raise ValueError(f"there are {len(generator)} generators for {batch} pictures")
+        if latents is not None:
+            rows, columns = self._latent_size(*self.drawn_size(height, width, use_resolution_binning))
+            shape = (batch, self.transformer.config.in_channels, rows, columns)
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
+
+    def drawn_size(self, height: int | None, width: int | None, use_resolution_binning: bool) -> tuple[int, int]:
+        """(height, width) in pixels at which the network draws: the nearest bin, where its size has bins."""
+        height, width = height or self.native_size, width or self.native_size
+        if use_resolution_binning and self.native_size in BINS:
+            return nearest_bin(height, width, self.native_size)
+        return height, width
+
+    @torch.inference_mode()
+    def encode(
+        self, prompts: list[str], max_sequence_length: int = 300, clean_caption: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Texts to (B, L, D) vectors and a (B, L) mask, L being the longest text's number of tokens.
+
+        Every text is encoded by itself and at its real length, so that its vectors do not depend on its
+        neighbours. Longer texts than `max_sequence_length` tokens are cut, and the log says so.
+        """
+        rows = []
+        for text in prompts:
+            cleaned = _clean(text) if clean_caption else text.lower().strip()
+            ids = self.tokenizer(cleaned, truncation=True, max_length=max_sequence_length).input_ids
+            if len(ids) == max_sequence_length and len(self.tokenizer(cleaned, verbose=False).input_ids) > len(ids):
+                log.warning("the model reads %d tokens; the end of the prompt is cut off", max_sequence_length)
+            ids_1L = torch.tensor([ids], device=self.text_encoder.device)
+            rows.append(self.text_encoder(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L))[0][0])
+        return _pad(rows)
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, the end token included."""
+        return len(self.tokenizer(prompt.lower().strip(), verbose=False).input_ids)
+
+    def noise(self, batch: int, height: int, width: int, generator: Generators = None) -> Tensor:
+        """(batch, C, Y, X) of standard noise, float32, for a picture of this size in pixels.
+
+        With a list of generators picture n gets what it would get alone.
+        """
+        shape = (self.transformer.config.in_channels, *self._latent_size(height, width))
+        if generator is None or isinstance(generator, torch.Generator):
+            source = "cpu" if generator is None else generator.device
+            return torch.randn((batch, *shape), generator=generator, device=source)
+        drawn = [torch.randn((1, *shape), generator=one, device=one.device).to(self.device) for one in generator]
+        return torch.cat(drawn)
+
+    def micro_conditions(self, height: int, width: int) -> dict[str, Tensor]:
+        """Size and aspect ratio, for those models that read them (PixArt-alpha at 1024 pixels)."""
+        size = torch.tensor([[height, width]], dtype=torch.float32, device=self.device)
+        return {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        latents: Tensor,  # (B, C, Y, X)
+        output_type: str = "pil",
+        size: tuple[int, int] | None = None,  # (height, width) to resize and crop to; None: as drawn
+    ) -> Any:
+        """Latents to pictures: a list of PIL images, a (B, 3, Y, X) tensor or (B, Y, X, 3) array in 0..1."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        if output_type == "latent":
+            return latents
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        # One at a time: less memory, and a picture does not depend on its neighbours.
+        images = torch.cat([self.vae.decode(row, return_dict=False)[0] for row in scaled.split(1)]).float()
+        if size is not None:
+            images = _resize_and_crop(images, *size)
+        images = (images / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).cpu().numpy()
+        return array if output_type == "np" else [_to_pil(one) for one in array]
+
+    @torch.inference_mode()
+    def preview(self, latents: Tensor) -> Image:
+        """A rough picture of the first latents, at full size, for much less than a step: no decoder.
+
+        Colours are a linear function of the latent channels, fitted once to how the encoder sees a colour chart.
+        """
+        if self._preview_map is None:
+            self._preview_map = self._fit_preview()
+        table = self._preview_map
+        colours = torch.einsum("cyx,cr->yxr", latents[0].to(table), table[:-1]) + table[-1]
+        small = _to_pil(((colours / 2 + 0.5).clamp(0, 1)).cpu().numpy())
+        factor = self.vae_scale_factor
+        return small.resize((small.width * factor, small.height * factor), resample=3)  # bicubic
+
+    # Below stairs
+
+    def _captions(
+        self,
+        prompt: str | list[str] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        repeats: int,
+        clean_caption: bool,
+        max_sequence_length: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(B * repeats, L, D) and (B * repeats, L), each prompt's pictures side by side."""
+        if embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            embeds, mask = self.encode(prompts, max_sequence_length, clean_caption)
+        assert mask is not None
+        embeds = embeds.to(self.device, self.transformer.dtype)
+        return embeds.repeat_interleave(repeats, 0), mask.to(self.device).repeat_interleave(repeats, 0)
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def _check_size(self, name: str, pixels: int | None, use_resolution_binning: bool) -> None:
+        if pixels is None:
+            return
+        native, multiple = self.native_size, self.size_multiple
+        if use_resolution_binning and native in BINS:
+            _check_integer(name, pixels, native // 4, native * 2)  # resized and cropped from the nearest bin
+            return
+        _check_integer(name, pixels, native // 2, native * 2)
+        if pixels % multiple:
+            raise ValueError(f"{name} must be a multiple of {multiple}, not {pixels}")
+
+    def _fit_preview(self) -> Tensor:
+        """(C + 1, 3): latent channels and a constant to red, green and blue in -1..1, by least squares."""
+        cells, side = 16, self.vae_scale_factor
+        draw = torch.Generator().manual_seed(0)
+        levels = torch.rand(1, 3, cells, cells, generator=draw) * 2 - 1
+        levels[..., cells // 2 :] = levels[..., cells // 2 :].mean(dim=1, keepdim=True)  # half of it grey
+        chart = levels.repeat_interleave(2 * side, 2).repeat_interleave(2 * side, 3)
+        encoded = self.vae.encode(chart.to(self.vae.device, self.vae.dtype))[0]
+        mean = (encoded.mean * self.vae.config.scaling_factor).float().cpu()
+        seen = mean[0].flatten(1).T
+        wanted = functional.avg_pool2d(chart, side)[0].flatten(1).T
+        fitted = torch.linalg.lstsq(torch.cat([seen, torch.ones(len(seen), 1)], dim=1), wanted).solution
+        return fitted.to(self.device)
+
+
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+
+
+def _check_texts(name: str, texts: Any) -> None:
+    if texts is None or isinstance(texts, str):
+        return
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} must be a text or a list of texts")
+
+
+def _check_embeds(name: str, embeds: Tensor | None, mask: Tensor | None) -> None:
+    if embeds is None:
+        return
+    if embeds.ndim != 3:
+        raise ValueError(f"{name}_embeds must be (prompts, tokens, width), not {tuple(embeds.shape)}")
+    if mask is None or mask.shape != embeds.shape[:2]:
+        raise ValueError(f"{name}_embeds need a {name}_attention_mask of shape {tuple(embeds.shape[:2])}")
+    if not mask.bool().any(dim=1).all():
+        raise ValueError(f"{name}_attention_mask has a row without any token")
+
+
+def _rows(texts: str | list[str] | None, embeds: Tensor | None) -> int:
+    if embeds is not None:
+        return embeds.shape[0]
+    return len(texts) if isinstance(texts, list) else 1
+
+
+def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options the function has parameters for: schedulers differ."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tensors of (L, D) to one of (B, longest, D) and its mask."""
+    longest = max(len(row) for row in rows)
+    padded = torch.stack([functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(longest, device=padded.device) < lengths[:, None]
+
+
+def _stack(*batches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Batches of captions and masks, of different lengths, to one."""
+    longest = max(captions.shape[1] for captions, _ in batches)
+    padded = [
+        (functional.pad(captions, (0, 0, 0, longest - captions.shape[1])), _pad_mask(mask, longest))
+        for captions, mask in batches
+    ]
+    return torch.cat([captions for captions, _ in padded]), torch.cat([mask for _, mask in padded])
+
+
+def _pad_mask(mask: Tensor, length: int) -> Tensor:
+    return functional.pad(mask.bool(), (0, length - mask.shape[1]), value=False)
+
+
+def _clean(text: str) -> str:
+    """diffusers' cleaning of captions collected from the web, twice as it does it. Imports diffusers: seconds."""
+    from diffusers import PixArtSigmaPipeline as Theirs
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    if not (is_bs4_available() and is_ftfy_available()):
+        raise ValueError("clean_caption needs two more packages: pip install beautifulsoup4 ftfy")
+    cleaner = Theirs.__new__(Theirs)  # the method reads nothing but a class attribute
+    return cleaner._clean_caption(cleaner._clean_caption(text))
+
+
+def _resize_and_crop(images: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear resize until both sides are covered, then cut from the centre."""
+    drawn_height, drawn_width = images.shape[-2:]
+    if (drawn_height, drawn_width) == (height, width):
+        return images
+    ratio = max(height / drawn_height, width / drawn_width)
+    # Rounding down could lose the last pixel: 1088 * (900 / 1088) is 899.99.
+    rows, columns = (max(int(drawn_height * ratio), height), max(int(drawn_width * ratio), width))
+    images = functional.interpolate(images, size=(rows, columns), mode="bilinear", align_corners=False)
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def _to_pil(array: Any) -> Image:
+    """(Y, X, 3) in 0..1 to an image."""
+    from PIL import Image as pil
+
+    return pil.fromarray((array * 255).round().astype("uint8"))
