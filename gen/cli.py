@@ -84,7 +84,7 @@ def cli(ctx: click.Context) -> None:
 cli.add_command(cli_run.command)
 
 
-@cli.command("list")
+@cli.command("list", short_help="Show the models and what is installed.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="Names of installed weights only.")
 def list_models(as_json: bool, quiet: bool) -> None:
@@ -103,7 +103,7 @@ def list_models(as_json: bool, quiet: bool) -> None:
         _weights_table(rows, "summary")
 
 
-@cli.command()
+@cli.command(short_help="Show a model and the options it takes.")
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def show(model: str, as_json: bool) -> None:
@@ -156,7 +156,7 @@ def _weights_table(rows: list[dict[str, Any]], last: str) -> None:
     )
 
 
-@cli.command()
+@cli.command(short_help="Show what was drawn, newest first.")
 @click.argument("text", required=False, default="")
 @click.option("--model", metavar="MODEL", help="Only pictures of this model.")
 @click.option(
@@ -195,7 +195,7 @@ DEVICE = click.option(
 )
 
 
-@cli.command()
+@cli.command(short_help="Train weights from a recipe.")
 @click.argument("name")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write the weights to.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Go on from the last training.")
@@ -216,7 +216,7 @@ def train(
     printing.line(str(folder))
 
 
-@cli.command()
+@cli.command(short_help="Measure the quality of weights.")
 @click.argument("name")
 @click.option("--prompts", type=click.IntRange(1, 100_000), default=512, show_default=True, help="How many.")
 @click.option("--steps", type=click.IntRange(1, 200), default=20, show_default=True, help="Denoising steps.")
@@ -279,6 +279,8 @@ def _checked_table(path: Path, name: str, table: Any) -> dict[str, Any]:
 def main() -> None:
     """The console script."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # What a pipeline warns of, the engine says in an Event, once and with what to do.
+    logging.getLogger("pipelines").setLevel(logging.ERROR)
     sys.exit(execute(sys.argv[1:]))
 
 

@@ -6,6 +6,7 @@ Pictures of a request are drawn one by one, so that each is bit-equal to the sin
 
 from __future__ import annotations
 
+import bisect
 import logging
 import platform
 import sys
@@ -127,7 +128,7 @@ class _Picture:
                     image=self.image,
                     images=self.images,
                     eta_seconds=left,
-                    preview=pipeline.preview(step.latents) if preview else None,
+                    preview=pipeline.preview(_expected(step)) if preview else None,
                 )
         self._lap("denoising")
         yield self.stage("decoding")
@@ -143,6 +144,12 @@ class _Picture:
         self._since = now
 
 
+def _expected(step: Any) -> Any:
+    """The latents to look at: what the picture is going to be, where the solver knows it, else the noisy
+    ones."""
+    return step.latents if step.denoised is None else step.denoised
+
+
 def _check(pipeline: Any, arguments: dict[str, Any]) -> None:
     try:
         pipeline.check(**arguments)
@@ -156,14 +163,20 @@ def _unread(pipeline: Any, row: catalog.Model, request: Request) -> str:
     """A sentence about the end of a prompt that the model does not read; empty when it reads all."""
     if not row.max_tokens:
         return ""
-    tokens = pipeline.tokenizer(request.inputs["prompt"], verbose=False).input_ids
-    if len(tokens) <= row.max_tokens:
+    prompt = request.inputs["prompt"]
+    tokens = pipeline.count_tokens(prompt)
+    if tokens <= row.max_tokens:
         return ""
-    cut = pipeline.tokenizer.decode(tokens[row.max_tokens - 1 :], skip_special_tokens=True)
-    return (
-        f"The prompt has {len(tokens)} tokens and the model reads {row.max_tokens}; "
-        f'not read: "{cut if len(cut) <= 200 else cut[:197] + "..."}"'
+    # The longest beginning, in whole words, that is read in full.
+    words = prompt.split()
+    read = bisect.bisect_right(
+        range(len(words) + 1),
+        row.max_tokens,
+        key=lambda count: pipeline.count_tokens(" ".join(words[:count])),
     )
+    rest = " ".join(words[read - 1 :])
+    cut = rest if len(rest) <= 200 else rest[:197] + "..."
+    return f'The prompt has {tokens} tokens, of which the model reads {row.max_tokens}. Not read: "{cut}"'
 
 
 def _slow(loaded: loader.Loaded) -> str:

@@ -76,12 +76,22 @@ def _keep(key: tuple[str, ...], pipeline_class: Any, folder: Path) -> Loaded:
     while _kept and needed + sum(one.bytes for one in _kept.values()) > memory(device) // 2:
         old, _ = _kept.popitem(last=False)
         log.info("dropped %s to make room", old)
-    pipeline = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, dtype), device=device)
+    try:
+        pipeline = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, dtype), device=device)
+    except ValueError as error:  # whole files, and yet they do not fit together
+        raise store.CorruptWeights(str(error)) from error
+    try:
+        chosen = pipeline.set_attention(attention)
+    except ValueError as error:
+        message = str(error)
+        raise GenError(
+            f"{message[0].upper()}{message[1:]}.", "Leave --attention out.", "bad_input"
+        ) from error
     loaded = Loaded(
         pipeline=pipeline,
         device=device,
         dtype=dtype,
-        attention=attention,
+        attention=chosen,
         fingerprint=fingerprint,
         bytes=needed,
     )
