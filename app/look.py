@@ -121,9 +121,9 @@ footer { display: none !important; }
 }
 .plain-button:hover { background: var(--button-secondary-background-fill-hover); }
 .plain-button[aria-pressed="true"] { background: var(--color-accent-soft); }
-.plain-button.main { color: #fff; border-color: transparent; }
-.plain-button.main { background: var(--button-primary-background-fill); }
-.plain-button.main:hover { background: var(--button-primary-background-fill-hover); }
+.plain-button.primary { color: #fff; border-color: transparent; }
+.plain-button.primary { background: var(--button-primary-background-fill); }
+.plain-button.primary:hover { background: var(--button-primary-background-fill-hover); }
 
 /* Two columns: what to make, what was made */
 .studio { align-items: flex-start; gap: 20px !important; flex-wrap: wrap; }
@@ -151,10 +151,10 @@ kbd {
 .dark .gradio-container, .gradio-container.dark { --groove: #3a4453; }
 .card .head {
   display: grid !important; grid-template-columns: 1fr auto; gap: 2px 8px; align-items: center;
-  margin: 0 !important;
+  margin: 0 0 8px !important;
 }
 .card .head label { display: contents; }
-.card .head label > span { margin: 0; }
+.card .head label > span { margin: 0 !important; }
 .card .head .info-text { grid-column: 1 / -1; grid-row: 2; }
 .card .head .tab-like-container { grid-column: 2; grid-row: 1; }
 .card .head input[type="number"] { width: 64px; text-align: right; font-size: 14px; }
@@ -165,6 +165,10 @@ kbd {
 .card .icon-button-wrapper {
   position: absolute; top: -4px !important; right: 0 !important;
   background: none; border: 0; box-shadow: none;
+}
+.card .icon-button-wrapper button {
+  font-size: 13px !important; color: var(--link-text-color) !important; text-decoration: underline;
+  background: none !important;
 }
 #model .wrap { border: 1px solid var(--input-border-color); border-radius: 8px; }
 #model input { padding: 8px 12px; }
@@ -193,7 +197,8 @@ kbd {
 .stage figure {
   margin: 0; width: 100%; display: flex; flex-direction: column; align-items: center; gap: 12px;
 }
-.stage img { display: block; border-radius: 10px; max-width: 100%; }
+.stage .frame { display: block; }
+.stage .frame img { display: block; width: 100%; height: auto; border-radius: 10px; }
 .stage figcaption { max-width: 60ch; font-size: 14.5px; line-height: 1.45; overflow-wrap: anywhere; }
 .stage .empty { color: var(--body-text-color-subdued); max-width: 34ch; line-height: 1.5; }
 .stage .empty svg { display: block; margin: 0 auto 10px; opacity: 0.8; }

@@ -43,10 +43,10 @@ element.addEventListener("click", (event) => {
   trigger("click", { show, use });
 });
 """
-SHOW_RESULT = (
-    "() => document.getElementById('result').scrollIntoView({ block: 'nearest', behavior: 'smooth' })"
-)
-SHOW_FORM = "() => document.getElementById('form').scrollIntoView({ block: 'nearest', behavior: 'smooth' })"
+SCROLL = "() => document.getElementById('{}').scrollIntoView({{ block: 'start', behavior: 'smooth' }})"
+SHOW_RESULT, SHOW_FORM = SCROLL.format("result"), SCROLL.format("form")
+# On a phone the result is below the form, out of sight.
+SHOW_RESULT_BELOW = f"() => innerWidth < 700 && ({SHOW_RESULT})()"
 
 Updates = dict[Any, Any]  # component -> its new value or gr.update
 
@@ -171,6 +171,7 @@ class Page:
         self.go.click(self.generate, [self.model, *self.widgets], running, **quiet).then(
             self.look_up, self.search, past, **quiet
         )
+        self.go.click(None, js=SHOW_RESULT_BELOW, api_name=False)
         self.stop.click(self.cancel, self.job, [self.stop, self.message], **quiet)
         self.model.input(self.change_model, self.model, [self.about, *self.groups, *self.widgets], **quiet)
         for tiles in (self.history, self.batch):

@@ -15,6 +15,7 @@ import threading
 import webbrowser
 from collections.abc import AsyncIterator
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -31,7 +32,6 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7860
 COOKIE = "gen_token"
 HEALTH = "/api/health"
-GRADIO_CACHE_SECONDS = 24 * 60 * 60
 
 # What the browser may load: this server and nothing else, so that no component can phone home.
 # Gradio compiles its HTML templates in the browser and sets inline styles, hence the two "unsafe" words.
@@ -153,9 +153,11 @@ def create_app(*, token: str | None = None, local_only: bool = True) -> "FastAPI
 
     # Gradio reads these when a page is built. Its cache of served files belongs with our files, not in the
     # shared temporary folder where other users of the machine can look.
-    cache = library.home() / "cache" / "gradio"
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.environ["GRADIO_TEMP_DIR"] = str(cache)
+    cache = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(library.home() / "cache" / "gradio")))
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise library.disk_error(error, cache) from error
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
     import gradio

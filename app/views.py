@@ -121,8 +121,8 @@ def drawing(state: Drawing) -> str:
         numbers += f" · {duration(state.eta_seconds)} left"
     picture = ""
     if state.preview:
-        size = shown_at(*state.preview_size)
-        picture = f'<img src="{state.preview}" alt="Preview of the unfinished picture" {size}>'
+        image = f'<img src="{state.preview}" alt="Preview of the unfinished picture">'
+        picture = f'<div class="frame" style="{shown_at(*state.preview_size)}">{image}</div>'
     if state.part is None:
         track, value = '<div class="fill unknown"></div>', ""
     else:
@@ -155,9 +155,8 @@ def duration(seconds: float) -> str:
 
 
 def shown_at(width: int, height: int) -> str:
-    """Size attributes of an <img>: previews and pictures are all seen at one size, or as wide as fits."""
-    scale = LONGER_SIDE / max(width, height)
-    return f'width="{width}" height="{height}" style="width:min(100%,{round(width * scale)}px);height:auto"'
+    """The style of a frame: previews and pictures are all seen at one size, or as wide as fits."""
+    return f"width:min(100%,{round(width * LONGER_SIDE / max(width, height))}px)"
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -173,11 +172,12 @@ def picture(entry: Entry) -> str:
     url = f"/files/{escape(entry.id)}"
     words = escape(entry.prompt)
     caption = f"{badge()} {words}" if entry.toy else words
-    image = f'<img class="result" src="{url}" alt="{words}" {shown_at(entry.width, entry.height)}>'
+    size = shown_at(entry.width, entry.height)
     return (
-        f'<div class="stage"><figure><a href="{url}" target="_blank" title="Open at full size">{image}</a>'
-        f'<figcaption>{caption}</figcaption></figure><div class="actions">'
-        f'<a class="plain-button main" href="{url}" download="{escape(entry.path.name)}">Download</a>'
+        f'<div class="stage"><figure><a class="frame" style="{size}" href="{url}" target="_blank" '
+        f'title="Open at full size"><img class="result" src="{url}" alt="{words}" width="{entry.width}" '
+        f'height="{entry.height}"></a><figcaption>{caption}</figcaption></figure><div class="actions">'
+        f'<a class="plain-button primary" href="{url}" download="{escape(entry.path.name)}">Download</a>'
         f'<button type="button" class="plain-button" data-use="{escape(entry.id)}">Use this recipe</button>'
         f"</div></div>{recipe(entry)}"
     )
