@@ -1,8 +1,9 @@
 """The judge: reads shape, colour, size, material and position of each thing back from a toy picture.
 
-A small convolutional network, trained on renders only (all colour-shape pairs, noise, blur and brightness augmented),
-never on generated pictures. It answers for each cell of a 16 x 16 grid: is there the centre of a thing, and which?
-So things are found where they are, and relations follow from the positions, as for a person.
+A small convolutional network, trained on renders only (all colour-shape pairs, noise, blur and brightness
+augmented), never on generated pictures. It answers for each cell of a 16 x 16 grid: is there the centre
+of a thing, and which? So things are found where they are, and relations follow from the positions, as for
+a person.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-
 from gen.toy_world import COLOURS, MATERIALS, SHAPES, SIZES, Camera, Caption, Scene
 
 CELL = 8  # pixels
-_PARTS = {"there": 1, "shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "material": len(MATERIALS),
-          "spot": 2, "place": 3}  # fmt: skip
+_PARTS = {
+    "there": 1,
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "size": len(SIZES),
+    "material": len(MATERIALS),
+    "spot": 2,
+    "place": 3,
+}
 _ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "material": MATERIALS}
 
 
@@ -40,17 +47,29 @@ class _Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """(B, 3, 128, 128) pictures in 0..1 -> (B, answers, 16, 16); `answers` are the parts of `_PARTS` in a row."""
+    """(B, 3, 128, 128) pictures in 0..1 -> (B, answers, 16, 16); `answers` are the parts of `_PARTS` in a
+    row."""
 
-    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)) -> None:
         super().__init__()
         a, b, c = widths
         self.body = nn.Sequential(
-            nn.Conv2d(3, a, 5, stride=2, padding=2), _Residual(a),
-            nn.Conv2d(a, b, 3, stride=2, padding=1), _Residual(b), _Residual(b),
-            nn.Conv2d(b, c, 3, stride=2, padding=1), _Residual(c), _Residual(c, 2), _Residual(c, 3), _Residual(c),
-            nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, 192, 1), nn.SiLU(), nn.Conv2d(192, sum(_PARTS.values()), 1),
-        )  # fmt: skip
+            nn.Conv2d(3, a, 5, stride=2, padding=2),
+            _Residual(a),
+            nn.Conv2d(a, b, 3, stride=2, padding=1),
+            _Residual(b),
+            _Residual(b),
+            nn.Conv2d(b, c, 3, stride=2, padding=1),
+            _Residual(c),
+            _Residual(c, 2),
+            _Residual(c, 3),
+            _Residual(c),
+            nn.GroupNorm(8, c),
+            nn.SiLU(),
+            nn.Conv2d(c, 192, 1),
+            nn.SiLU(),
+            nn.Conv2d(192, sum(_PARTS.values()), 1),
+        )
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.body(pictures * 2 - 1)
@@ -62,8 +81,8 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What the judge sees of one thing. `spot` is its centre in pixels (column, row); `place` the centre in world
-    units."""
+    """What the judge sees of one thing. `spot` is its centre in pixels (column, row); `place` the centre
+    in world units."""
 
     shape: str
     colour: str
@@ -75,21 +94,25 @@ class Seen:
 
 
 def targets(scenes: Sequence[Scene], camera: Camera | None = None) -> dict[str, torch.Tensor]:
-    """Per thing (n things of B scenes): scene, cell (row, column), attributes as numbers, spot within the cell 0..1,
-    place."""
+    """Per thing (n things of B scenes): scene, cell (row, column), attributes as numbers, spot within the
+    cell 0..1, place."""
     rows = [(i, t) for i, s in enumerate(scenes) for t in s.things]
     place = torch.tensor([t.centre for _, t in rows])
     pixel = (camera or Camera()).project(place, 128)[:, :2].clamp(0, 127.99) / CELL
     cell = pixel.floor().long()
     return {
         "scene": torch.tensor([i for i, _ in rows]),
-        "row": cell[:, 1], "column": cell[:, 0],
-        "spot": pixel - cell, "place": place,
+        "row": cell[:, 1],
+        "column": cell[:, 0],
+        "spot": pixel - cell,
+        "place": place,
         **{k: torch.tensor([v.index(getattr(t, k)) for _, t in rows]) for k, v in _ATTRIBUTES.items()},
-    }  # fmt: skip
+    }
 
 
-def judge_loss(answers: torch.Tensor, truth: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def judge_loss(
+    answers: torch.Tensor, truth: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Focal loss on where things are; cross-entropy and L1 on what they are, at their cells."""
     parts = Judge.parts(answers)
     there = torch.zeros_like(parts["there"][:, 0])
@@ -102,7 +125,8 @@ def judge_loss(answers: torch.Tensor, truth: dict[str, torch.Tensor]) -> tuple[t
     hard = torch.where(there > 0, 1 - chance, chance).square()
     weight = torch.where(there > 0, 1.0, 1.0 - 0.7 * near)
     losses = {
-        "there": (F.binary_cross_entropy_with_logits(logits, there, reduction="none") * hard * weight).sum() / there.sum()
+        "there": (F.binary_cross_entropy_with_logits(logits, there, reduction="none") * hard * weight).sum()
+        / there.sum()
     }
     for k in _ATTRIBUTES:
         losses[k] = F.cross_entropy(parts[k].permute(0, 2, 3, 1)[at], truth[k], label_smoothing=0.02)
@@ -128,20 +152,24 @@ def read(judge: Judge, pictures: torch.Tensor, *, threshold: float = 0.4, most: 
             row, column = divmod(w, peaks.shape[-1])
             cell = {k: v[b, :, row, column] for k, v in parts.items()}
             spot = cell["spot"].tolist()
-            seen.append(Seen(
-                **{k: v[int(cell[k].argmax())] for k, v in _ATTRIBUTES.items()},
-                spot=((column + spot[0]) * CELL, (row + spot[1]) * CELL),
-                place=tuple(cell["place"].tolist()), confidence=c,
-            ))  # fmt: skip
+            seen.append(
+                Seen(
+                    **{k: v[int(cell[k].argmax())] for k, v in _ATTRIBUTES.items()},
+                    spot=((column + spot[0]) * CELL, (row + spot[1]) * CELL),
+                    place=tuple(cell["place"].tolist()),
+                    confidence=c,
+                )
+            )
         found.append(seen)
     return found
 
 
-# --------------------------------------------------------------------- does a picture show what a caption says?
+# ------------------------------------------------------------ does a picture show what a caption says?
 
 
 def holds(relation: str, a: Seen, b: Seen) -> bool:
-    """Whether `a` stands in `relation` to `b`, by the positions in the picture and in the world that was read."""
+    """Whether `a` stands in `relation` to `b`, by the positions in the picture and in the world that was
+    read."""
     (ax, ay), (bx, by) = a.spot, b.spot
     if relation == "left of":
         return ax < bx - 4
@@ -162,8 +190,9 @@ def _is(seen: Seen, said: dict[str, str | None], keys: Sequence[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Of one picture against its caption. `bound`: as many things as said, each with its own shape and colour, each in
-    its slot. `relation`: the same, and the relation holds by position (the same thing for one object)."""
+    """Of one picture against its caption. `bound`: as many things as said, each with its own shape and
+    colour, each in its slot. `relation`: the same, and the relation holds by position (the same thing for
+    one object)."""
 
     count: bool  # as many things as said
     shapes: bool  # the right shapes are there, whatever their colours and places
@@ -174,7 +203,8 @@ class Verdict:
 
 
 def verdict(caption: Caption, seen: Sequence[Seen]) -> Verdict:
-    """Try every way to match what is seen with what was said, and keep the kindest that the positions allow."""
+    """Try every way to match what is seen with what was said, and keep the kindest that the positions
+    allow."""
     said = caption.things
     if len(seen) != len(said):
         return Verdict(count=False, shapes=False, colours=False, bound=False, placed=False, extras=False)
@@ -192,19 +222,29 @@ def verdict(caption: Caption, seen: Sequence[Seen]) -> Verdict:
         else:
             stands = holds(caption.relation, match[0], match[1])
         placed |= right and stands
-        extras |= right and stands and all(_is(s, t, ("size", "material")) for s, t in zip(match, said, strict=True))
+        extras |= (
+            right
+            and stands
+            and all(_is(s, t, ("size", "material")) for s, t in zip(match, said, strict=True))
+        )
     return Verdict(count=True, shapes=shapes, colours=colours, bound=bound, placed=placed, extras=extras)
 
 
 def _orders(n: int) -> list[tuple[int, ...]]:
     return {1: [(0,)], 2: [(0, 1), (1, 0)]}.get(n) or [
-        (0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0),
-    ]  # fmt: skip
+        (0, 1, 2),
+        (0, 2, 1),
+        (1, 0, 2),
+        (1, 2, 0),
+        (2, 0, 1),
+        (2, 1, 0),
+    ]
 
 
 def accuracy(judge: Judge, pictures: torch.Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of the things of `scenes` that are found and read rightly in `pictures` (B, 3, 128, 128), per attribute.
-    `position`: the centre within 4 pixels and, in the world, within 0.35 units. `count`: scenes with the right number."""
+    """Share of the things of `scenes` that are found and read rightly in `pictures` (B, 3, 128, 128), per
+    attribute. `position`: the centre within 4 pixels and, in the world, within 0.35 units. `count`:
+    scenes with the right number."""
     hits = {k: 0 for k in (*_ATTRIBUTES, "position", "found")}
     total = counts = 0
     for i in range(0, len(scenes), 64):
@@ -218,15 +258,17 @@ def accuracy(judge: Judge, pictures: torch.Tensor, scenes: Sequence[Scene]) -> d
                 if best is None or math.dist(best.spot, spot) > CELL:
                     continue
                 hits["found"] += 1
-                hits["position"] += math.dist(best.spot, spot) <= 4 and math.dist(best.place, thing.centre) <= 0.35
+                hits["position"] += (
+                    math.dist(best.spot, spot) <= 4 and math.dist(best.place, thing.centre) <= 0.35
+                )
                 for k in _ATTRIBUTES:
                     hits[k] += getattr(best, k) == getattr(thing, k)
     return {k: v / total for k, v in hits.items()} | {"count": counts / len(scenes)}
 
 
 def augment(pictures: torch.Tensor) -> torch.Tensor:
-    """Blur, noise, brightness and contrast at random per picture: a decoder's faults, so that the judge reads through
-    them."""
+    """Blur, noise, brightness and contrast at random per picture: a decoder's faults, so that the judge
+    reads through them."""
     B = len(pictures)
     soft = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
     mix = torch.rand(B, 1, 1, 1) * (torch.rand(B, 1, 1, 1) < 0.4)
@@ -234,7 +276,9 @@ def augment(pictures: torch.Tensor) -> torch.Tensor:
     pictures = pictures * (1 + 0.12 * (torch.rand(B, 1, 1, 1) - 0.5)) + 0.06 * (torch.rand(B, 1, 1, 1) - 0.5)
     level = 0.04 * torch.rand(B, 1, 1, 1) * (torch.rand(B, 1, 1, 1) < 0.5)
     # noise of a decoder is rather coarse than white
-    coarse = F.interpolate(torch.randn(B, 3, 32, 32), size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+    coarse = F.interpolate(
+        torch.randn(B, 3, 32, 32), size=pictures.shape[-2:], mode="bilinear", align_corners=False
+    )
     return (pictures + level * (0.5 * torch.randn_like(pictures) + coarse)).clamp(0, 1)
 
 
@@ -243,9 +287,12 @@ class JudgeTask:
 
     name = "judge"
 
-    def __init__(self, pictures: torch.Tensor, scenes: Sequence[Scene], *, seed: int) -> None:
+    def __init__(
+        self, pictures: torch.Tensor, scenes: Sequence[Scene], *, seed: int, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(seed)
-        self.module = Judge()
+        self.device = device
+        self.module = Judge().to(device)
         self.held = min(1000, len(scenes) // 8)
         self.pictures, self.scenes = pictures, scenes
         self.seed = seed
@@ -259,16 +306,20 @@ class JudgeTask:
 
     def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         picks = self.random.choices(range(self.held, len(self.scenes)), k=batch)
-        pictures = augment(self.pictures[picks].float() / 255)
-        return judge_loss(self.module(pictures), targets([self.scenes[i] for i in picks]))
+        pictures = augment(self.pictures[picks].float() / 255).to(self.device)
+        truth = {k: v.to(self.device) for k, v in targets([self.scenes[i] for i in picks]).items()}
+        return judge_loss(self.module(pictures), truth)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
-        return accuracy(self.module, self.pictures[: self.held].float() / 255, self.scenes[: self.held])
+        held = self.pictures[: self.held].float().to(self.device) / 255
+        return accuracy(self.module, held, self.scenes[: self.held])
 
 
 def save_judge(judge: Judge, folder: Path, facts: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, folder / "judge.safetensors")
+    save_file(
+        {k: v.half().cpu().contiguous() for k, v in judge.state_dict().items()}, folder / "judge.safetensors"
+    )
     (folder / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

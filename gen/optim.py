@@ -1,9 +1,10 @@
 """Muon for matrices, AdamW for the rest, in one optimizer whose state is plain tensors.
 
-Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest semi-orthogonal matrix, found by a quintic
-Newton-Schulz iteration; the update is scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rate and weight
-decay carry over (Liu et al. 2025, arXiv:2502.16982, equation 4). It is written here rather than taken from torch
-because torch's runs in bfloat16, which is slow on CPUs without bf16 units, and cannot share the work between processes.
+Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest semi-orthogonal matrix, found by a
+quintic Newton-Schulz iteration; the update is scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's
+learning rate and weight decay carry over (Liu et al. 2025, arXiv:2502.16982, equation 4). It is written
+here rather than taken from torch because torch's runs in bfloat16, which is slow on CPUs without bf16
+units, and cannot share the work between processes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """`matrices` are stepped by Muon, `others` by AdamW with `lr * others_lr`. With torch.distributed initialised every
-    process holds equal gradients and orthogonalises its share of the matrices."""
+    """`matrices` are stepped by Muon, `others` by AdamW with `lr * others_lr`. With torch.distributed
+    initialised every process holds equal gradients and orthogonalises its share of the matrices."""
 
     def __init__(
         self,
@@ -76,7 +77,9 @@ class MuonAdamW(torch.optim.Optimizer):
             mine = list(range(rank, len(params), shares))
             if mine:
                 # Nesterov: look one step ahead
-                ahead = torch.stack([params[i].grad.lerp(buffers[i], group["momentum"]).flatten(1) for i in mine])
+                ahead = torch.stack(
+                    [params[i].grad.lerp(buffers[i], group["momentum"]).flatten(1) for i in mine]
+                )
                 done = dict(zip(mine, orthogonalise(ahead.float()), strict=True))
             else:
                 done = {}
@@ -125,12 +128,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def split_parameters(module: torch.nn.Module, inside: Iterable[str]) -> tuple[list, list]:
-    """Matrices (and convolutions, as matrices of one row per output) whose names start with one of `inside`, and every
-    other trainable parameter."""
+    """Matrices (and convolutions, as matrices of one row per output) whose names start with one of
+    `inside`, and every other trainable parameter."""
     matrices, others = [], []
     for name, p in module.named_parameters():
         if p.requires_grad:
             (
-                matrices if p.ndim in (2, 4) and name.startswith(tuple(inside)) and min(p.flatten(1).shape) > 8 else others
+                matrices
+                if p.ndim in (2, 4) and name.startswith(tuple(inside)) and min(p.flatten(1).shape) > 8
+                else others
             ).append(p)
     return matrices, others

@@ -1,7 +1,9 @@
-"""Rendered toy scenes on disk, as shards that training reads: pictures, and what is seen in each 16 px patch.
+"""Rendered toy scenes on disk, as shards that training reads: pictures, and what is seen in each 16 px
+patch.
 
-A shard is `<start>.safetensors`: `images` (N, 3, 128, 128) uint8 and `owners` (N, 8, 8) int8, the thing that fills most
-of the objects' part of a patch (-1: ground). The scenes themselves are not stored: scene i is a function of (seed, i).
+A shard is `<start>.safetensors`: `images` (N, 3, 128, 128) uint8 and `owners` (N, 8, 8) int8, the thing
+that fills most of the objects' part of a patch (-1: ground). The scenes themselves are not stored: scene
+i is a function of (seed, i).
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ PATCH = 16
 
 
 def patch_owners(owners: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
-    """(B, Y, X) thing numbers per pixel -> (B, Y/patch, X/patch) int8: the thing with most pixels there, or -1 where
-    things fill less than a sixth of the patch."""
+    """(B, Y, X) thing numbers per pixel -> (B, Y/patch, X/patch) int8: the thing with most pixels there,
+    or -1 where things fill less than a sixth of the patch."""
     B, Y, X = owners.shape
     cells = owners.view(B, Y // patch, patch, X // patch, patch).permute(0, 1, 3, 2, 4).flatten(3)
     counts = torch.stack([(cells == k).sum(-1) for k in range(3)], dim=-1)
@@ -36,10 +38,18 @@ def shard_path(folder: Path, start: int) -> Path:
 
 
 def render_shards(
-    folder: Path, seed: int, count: int, *, which: str = "seen", rank: int = 0, world: int = 1,
-    device: torch.device | str = "cpu", report: Callable[[str], None] = print,
-) -> None:  # fmt: skip
-    """Render what is missing of scenes 0..count-1 into shards; `rank` of `world` processes takes every world-th shard."""
+    folder: Path,
+    seed: int,
+    count: int,
+    *,
+    which: str = "seen",
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    report: Callable[[str], None] = print,
+) -> None:
+    """Render what is missing of scenes 0..count-1 into shards; `rank` of `world` processes takes every
+    world-th shard."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [s for s in range(0, count, SHARD) if not shard_path(folder, s).exists()][rank::world]
     began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
@@ -54,13 +64,13 @@ def render_shards(
         save_file({"images": torch.cat(images), "owners": torch.cat(owners)}, temporary)
         temporary.replace(shard_path(folder, start))
         rate = done * SHARD / (time.monotonic() - began)
-        report(
-            f"rendered {done * SHARD}/{len(todo) * SHARD} scenes, {rate:.0f}/s, {(len(todo) - done) * SHARD / rate:.0f} s left"
-        )
+        left = (len(todo) - done) * SHARD / rate
+        report(f"rendered {done * SHARD}/{len(todo) * SHARD} scenes, {rate:.0f}/s, {left:.0f} s left")
 
 
 def load_shards(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (N, 3, 128, 128) uint8 and owners (N, 8, 8) int8 of the first `count` scenes that are rendered."""
+    """Pictures (N, 3, 128, 128) uint8 and owners (N, 8, 8) int8 of the first `count` scenes that are
+    rendered."""
     images, owners = [], []
     for start in range(0, count, SHARD):
         path = shard_path(folder, start)

@@ -1,19 +1,23 @@
-"""Training of `pixart-sigma:toy`: tokenizer, text encoder, autoencoder and transformer, as tasks for `gen.train`.
+"""Training of `pixart-sigma:toy`: tokenizer, text encoder, autoencoder and transformer, as tasks for
+`gen.train`.
 
-What makes so small a budget enough: the text encoder first learns from text alone to say, at every token, what stands
-where; the transformer predicts v rather than noise, and a linear probe in its middle must name the shape and colour
-seen in each patch (a supervised cousin of representation alignment, Yu et al. 2024, arXiv:2410.06940). The probe is
-thrown away afterwards. Facts and measurements are in docs/training.md.
+What makes so small a budget enough: the text encoder first learns from text alone to say, at every token,
+what stands where; the transformer predicts v rather than noise, and a linear probe in its middle must
+name the shape and colour seen in each patch (a supervised cousin of representation alignment, Yu et al.
+2024, arXiv:2410.06940). The probe is thrown away afterwards. Facts and measurements are in
+docs/training.md.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,11 +34,22 @@ def seeded_generator(key: str) -> torch.Generator:
 
 
 def vocabulary() -> list[tuple[str, float]]:
-    """Unigram pieces and scores: every word of the grammar is one piece, anything else falls apart into letters."""
-    tables = (toy_world.SHAPE_WORDS, toy_world.COLOUR_WORDS, toy_world.SIZE_WORDS, toy_world.MATERIAL_WORDS,
-              toy_world.BACKGROUND_WORDS, toy_world.RELATION_WORDS)  # fmt: skip
+    """Unigram pieces and scores: every word of the grammar is one piece, anything else falls apart into
+    letters."""
+    tables = (
+        toy_world.SHAPE_WORDS,
+        toy_world.COLOUR_WORDS,
+        toy_world.SIZE_WORDS,
+        toy_world.MATERIAL_WORDS,
+        toy_world.BACKGROUND_WORDS,
+        toy_world.RELATION_WORDS,
+    )
     text = " ".join(w for table in tables for words in table.values() for w in words)
-    text += " " + " ".join(toy_world.OPENINGS) + " a an the one that is on against background ground floor with and"
+    text += (
+        " "
+        + " ".join(toy_world.OPENINGS)
+        + " a an the one that is on against background ground floor with and"
+    )
     for mark in ("{a}", "{b}", "{c}", "{b2}", ","):
         text = text.replace(mark, " ")
     words = sorted(set(text.lower().split()))
@@ -43,17 +58,22 @@ def vocabulary() -> list[tuple[str, float]]:
     return pieces + [(c, -8.0) for c in ("▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&+")]
 
 
-def build_tokenizer():  # noqa: ANN201 - transformers is imported late
+def build_tokenizer():
     """A T5 tokenizer of the grammar's words; the empty prompt is the one token `</s>`."""
     from transformers import T5Tokenizer
 
     return T5Tokenizer(vocab=vocabulary(), extra_ids=0, model_max_length=300)
 
 
-def tokenize(tokenizer, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN001
+def tokenize(
+    tokenizer, texts: Sequence[str], device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts -> ids and mask (B, L), padded to the longest."""
     batch = tokenizer([t.lower().strip() for t in texts], padding=True, truncation=True, max_length=300)
-    return (torch.tensor(batch["input_ids"], device=device), torch.tensor(batch["attention_mask"], device=device))
+    return (
+        torch.tensor(batch["input_ids"], device=device),
+        torch.tensor(batch["attention_mask"], device=device),
+    )
 
 
 # ----------------------------------------------------------------------------------------------- text encoder
@@ -61,9 +81,14 @@ def tokenize(tokenizer, texts: Sequence[str], device: torch.device | str = "cpu"
 # Where the things of a scene stand, in words that do not depend on which is named first.
 ROLES = ("alone", "left", "middle", "right", "front", "back", "top", "bottom")
 _ROLES_OF = {
-    "alone": ("alone",), "left of": ("left", "right"), "right of": ("right", "left"), "in front of": ("front", "back"),
-    "behind": ("back", "front"), "on top of": ("top", "bottom"), "row": ("left", "middle", "right"),
-}  # fmt: skip
+    "alone": ("alone",),
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "in front of": ("front", "back"),
+    "behind": ("back", "front"),
+    "on top of": ("top", "bottom"),
+    "row": ("left", "middle", "right"),
+}
 # (attribute, its values); value 0 is "not there, or not said"
 _HEADS = (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("material", MATERIALS))
 _WIDTHS = [len(ROLES) * (1 + len(values)) for _, values in _HEADS] + [1 + len(BACKGROUNDS)]
@@ -76,8 +101,9 @@ def caption_labels(captions: Sequence[Caption]) -> torch.Tensor:
         role_of = dict(zip(_ROLES_OF[caption.relation], caption.things, strict=True))
         row = [
             1 + values.index(role_of[role][attribute]) if role in role_of and role_of[role][attribute] else 0
-            for attribute, values in _HEADS for role in ROLES
-        ]  # fmt: skip
+            for attribute, values in _HEADS
+            for role in ROLES
+        ]
         rows.append([*row, 1 + BACKGROUNDS.index(caption.background) if caption.background else 0])
     return torch.tensor(rows)
 
@@ -89,10 +115,18 @@ class TextReader(nn.Module):
         super().__init__()
         from transformers import T5Config, T5EncoderModel
 
-        self.encoder = T5EncoderModel(T5Config(
-            vocab_size=vocabulary_size, d_model=width, d_kv=48, num_heads=width // 48, d_ff=2 * width,
-            num_layers=layers, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-        ))  # fmt: skip
+        self.encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=vocabulary_size,
+                d_model=width,
+                d_kv=48,
+                num_heads=width // 48,
+                d_ff=2 * width,
+                num_layers=layers,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+            )
+        )
         self.probe = nn.Linear(width, sum(_WIDTHS))
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -111,7 +145,7 @@ class TextTask:
 
     name = "text"
 
-    def __init__(self, tokenizer, *, seed: int, device: torch.device | str = "cpu") -> None:  # noqa: ANN001
+    def __init__(self, tokenizer, *, seed: int, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(seed)
         self.tokenizer, self.device = tokenizer, device
         self.module = TextReader(len(tokenizer)).to(device)
@@ -127,7 +161,9 @@ class TextTask:
     def _captions(self, rng: random.Random, n: int, which: str) -> list[Caption]:
         pairs = toy_world.colour_shape_pairs(which)
         return [
-            toy_world.describe(toy_world.sample_scene(rng, pairs=pairs, weights=(1, 1, 1, 1, 1, 1.2, 1.5)), rng)
+            toy_world.describe(
+                toy_world.sample_scene(rng, pairs=pairs, weights=(1, 1, 1, 1, 1, 1.2, 1.5)), rng
+            )
             for _ in range(n)
         ]
 
@@ -150,8 +186,8 @@ class TextTask:
 
     @torch.no_grad()
     def evaluate(self, folder: Path, which: str = "seen", n: int = 1000) -> dict[str, float]:
-        """Share of captions never trained on of which the last token tells every slot (shape, colour and role of all
-        things together), and everything (size, material, background too)."""
+        """Share of captions never trained on of which the last token tells every slot (shape, colour and
+        role of all things together), and everything (size, material, background too)."""
         captions = self._captions(random.Random(f"held:{which}"), n, which)
         ids, mask = tokenize(self.tokenizer, [c.text for c in captions], self.device)
         answers = self.module(ids, mask)
@@ -159,7 +195,10 @@ class TextTask:
         labels = caption_labels(captions).to(self.device)
         guesses = torch.cat([x.argmax(-1) for x in TextReader.logits(last)], dim=-1)
         right = guesses == labels
-        return {"slots": right[:, : 2 * len(ROLES)].all(1).float().mean().item(), "all": right.all(1).float().mean().item()}
+        return {
+            "slots": right[:, : 2 * len(ROLES)].all(1).float().mean().item(),
+            "all": right.all(1).float().mean().item(),
+        }
 
 
 def _with_noise(text: str, rng: random.Random) -> str:
@@ -174,25 +213,41 @@ def _with_noise(text: str, rng: random.Random) -> str:
 # ------------------------------------------------------------------------------------------------ autoencoder
 
 
-def build_autoencoder():  # noqa: ANN201 - diffusers is imported late
+def build_autoencoder():
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64, 128), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=8, latent_channels=4,
-        sample_size=128, scaling_factor=1.0,
-    )  # fmt: skip
+        block_out_channels=(16, 32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=128,
+        scaling_factor=1.0,
+    )
 
 
 class AutoencoderTask:
-    """AutoencoderKL on rendered pictures (N, 3, 128, 128) uint8: crops first, whole pictures in the last 40 % (the
-    statistics of its group norms differ on crops)."""
+    """AutoencoderKL on rendered pictures (N, 3, 128, 128) uint8 with owners (N, 8, 8): crops around
+    things first, whole pictures in the last third (the statistics of its group norms differ on crops)."""
 
     name = "autoencoder"
 
-    def __init__(self, pictures: torch.Tensor, *, seed: int, device: torch.device | str = "cpu", held: int = 256) -> None:
+    def __init__(
+        self,
+        pictures: torch.Tensor,
+        owners: torch.Tensor,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        held: int = 256,
+        crop: int = 48,
+        whole_from: float = 0.65,
+    ) -> None:
         torch.manual_seed(seed)
-        self.pictures, self.held, self.device = pictures, held, device
+        self.pictures, self.owners, self.held, self.device = pictures, owners, held, device
+        self.crop, self.whole_from = crop, whole_from
         self.module = build_autoencoder().to(device).to(memory_format=torch.channels_last)
         self.seed = seed
         self.seed_data("")
@@ -204,23 +259,39 @@ class AutoencoderTask:
         matrices, others = split_parameters(self.module, ("encoder.", "decoder."))
         return MuonAdamW(matrices, others, lr=lr)
 
+    def _batch(self, batch: int, progress: float) -> torch.Tensor:
+        """(B, 3, Y, X) uint8, about as many pixels in whole pictures as in crops."""
+        rng, crop = self.rng, self.crop
+        if progress >= self.whole_from:
+            batch = max(1, batch * crop * crop // 128**2)
+            return self.pictures[torch.randint(self.held, len(self.pictures), (batch,), generator=rng)]
+        crops = []
+        for i in torch.randint(self.held, len(self.pictures), (batch,), generator=rng).tolist():
+            # a patch in which there is a thing, anywhere in the crop
+            patches = (self.owners[i].flatten() >= 0).nonzero().flatten()
+            pick = int(patches[torch.randint(len(patches), (), generator=rng)])
+            shift = torch.randint(crop, (2,), generator=rng).tolist()
+            y, x = (
+                min(max(at * 16 + 8 - s, 0), 128 - crop) // 8 * 8
+                for at, s in zip(divmod(pick, 8), shift, strict=True)
+            )
+            crops.append(self.pictures[i, :, y : y + crop, x : x + crop])
+        return torch.stack(crops)
+
     def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        crop = 64 if progress < 0.6 else 128
-        batch = batch if crop == 64 else max(1, batch // 3)
-        picks = torch.randint(self.held, len(self.pictures), (batch,), generator=self.rng)
-        x = self.pictures[picks]
-        if crop == 64:
-            # things are in the middle of the picture: corners between 8 and 56
-            y0, x0 = (torch.randint(1, 8, (2,), generator=self.rng) * 8).tolist()
-            x = x[..., y0 : y0 + crop, x0 : x0 + crop]
+        x = self._batch(batch, progress)
         if torch.rand((), generator=self.rng) < 0.5:
             x = x.flip(-1)
         x = (x.to(self.device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
         posterior = self.module.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=self.rng).to(x.device)
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=self.rng).to(
+            x.device
+        )
         y = self.module.decode(z).sample
         error = y - x
-        edges = (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (error[..., 1:] - error[..., :-1]).abs().mean()
+        edges = (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (
+            error[..., 1:] - error[..., :-1]
+        ).abs().mean()
         square = error.square().mean()
         kl = posterior.kl().mean() / z[0].numel()
         total = error.abs().mean() + 0.5 * edges + 2 * square + 2e-4 * kl
@@ -232,8 +303,11 @@ class AutoencoderTask:
 
 
 @torch.no_grad()
-def reconstruction_psnr(autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu") -> float:
-    """Mean over pictures (uint8) of the PSNR in dB of decode(mean of encode), rounded to 8 bits as people see it."""
+def reconstruction_psnr(
+    autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu"
+) -> float:
+    """Mean over pictures (uint8) of the PSNR in dB of decode(mean of encode), rounded to 8 bits as people
+    see it."""
     values = []
     for x in pictures.split(16):
         truth = x.to(device).float()
@@ -244,10 +318,15 @@ def reconstruction_psnr(autoencoder: nn.Module, pictures: torch.Tensor, device: 
 
 
 @torch.no_grad()
-def normalise_latents(autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu") -> None:
-    """Fold each latent channel's mean and spread over `pictures` into quant_conv and post_quant_conv, so that latents
-    have mean 0 and spread 1 and one scaling factor of 1 fits every pipeline. Decoding is unchanged."""
-    z = torch.cat([autoencoder.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean for x in pictures.split(32)])
+def normalise_latents(
+    autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu"
+) -> None:
+    """Fold each latent channel's mean and spread over `pictures` into quant_conv and post_quant_conv, so
+    that latents have mean 0 and spread 1 and one scaling factor of 1 fits every pipeline. Decoding is
+    unchanged."""
+    z = torch.cat(
+        [autoencoder.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean for x in pictures.split(32)]
+    )
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     quant, post = autoencoder.quant_conv, autoencoder.post_quant_conv
     c = len(mean)
@@ -259,11 +338,16 @@ def normalise_latents(autoencoder: nn.Module, pictures: torch.Tensor, device: to
 
 
 @torch.no_grad()
-def encode_pictures(autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+def encode_pictures(
+    autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """(N, 3, 128, 128) uint8 -> latents (N, 4, 16, 16) float16."""
-    return torch.cat([
-        autoencoder.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean.half().cpu() for x in pictures.split(64)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            autoencoder.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean.half().cpu()
+            for x in pictures.split(64)
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ transformer
@@ -274,19 +358,25 @@ BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 def transformer_config(layers: int, heads: int, head_dim: int, caption_channels: int) -> dict:
     """PixArt over 16 x 16 latents, patch 2: 64 tokens."""
     return {
-        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": layers,
-        "num_attention_heads": heads, "attention_head_dim": head_dim, "cross_attention_dim": heads * head_dim,
-        "caption_channels": caption_channels, "use_additional_conditions": False, "interpolation_scale": 1,
-    }  # fmt: skip
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "cross_attention_dim": heads * head_dim,
+        "caption_channels": caption_channels,
+        "use_additional_conditions": False,
+        "interpolation_scale": 1,
+    }
 
 
 @torch.no_grad()
 def initialise(transformer: nn.Module) -> None:
     """PixArt's start: Xavier matrices, silent cross-attention and output, small modulation."""
     for name, p in transformer.named_parameters():
-        if name.endswith("scale_shift_table"):
-            p.zero_()
-        elif name.endswith("bias"):
+        if name.endswith("scale_shift_table") or name.endswith("bias"):
             p.zero_()
         elif name.startswith("adaln_single"):
             p.normal_(std=0.02)
@@ -301,7 +391,8 @@ def initialise(transformer: nn.Module) -> None:
 
 
 class _WithProbe(nn.Module):
-    """The transformer, and a probe on the tokens after one of its blocks that names shape and colour per patch."""
+    """The transformer, and a probe on the tokens after one of its blocks that names shape and colour per
+    patch."""
 
     def __init__(self, transformer: nn.Module, block: int) -> None:
         super().__init__()
@@ -317,15 +408,25 @@ class _WithProbe(nn.Module):
 
 
 class TransformerTask:
-    """v-prediction on latents (N, 4, 16, 16) of scenes with fresh captions each time; one caption in ten is empty."""
+    """v-prediction on latents (N, 4, 16, 16) of scenes with fresh captions each time; one caption in ten
+    is empty."""
 
     name = "transformer"
 
     def __init__(
-        self, transformer: nn.Module, text_encoder: nn.Module, tokenizer, latents: torch.Tensor, owners: torch.Tensor,  # noqa: ANN001
-        scenes: Sequence[Scene], *, seed: int, probe_block: int, device: torch.device | str = "cpu",
+        self,
+        transformer: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer,
+        latents: torch.Tensor,
+        owners: torch.Tensor,
+        scenes: Sequence[Scene],
+        *,
+        seed: int,
+        probe_block: int,
+        device: torch.device | str = "cpu",
         judged: Callable[[nn.Module, Path], dict[str, float]] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         torch.manual_seed(seed)
         self.tokenizer, self.device, self.scenes = tokenizer, device, scenes
         self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
@@ -361,20 +462,33 @@ class TransformerTask:
         # half the times uniform, half around the middle, where layout and colour are decided
         middle = torch.randn(batch, generator=rng).sigmoid()
         anywhere = torch.rand(batch, generator=rng)
-        t = (torch.where(torch.rand(batch, generator=rng) < 0.5, middle, anywhere) * 1000).long().clamp(0, 999).to(self.device)
+        t = (
+            (torch.where(torch.rand(batch, generator=rng) < 0.5, middle, anywhere) * 1000)
+            .long()
+            .clamp(0, 999)
+            .to(self.device)
+        )
         noise = torch.randn(x.shape, generator=rng).to(self.device)
         alpha, sigma = self.alpha[t, None, None, None], self.sigma[t, None, None, None]
         velocity = alpha * noise - sigma * x
         out = self.module.transformer(
-            alpha * x + sigma * noise, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=t,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
-        )[0][:, :4]  # fmt: skip
+            alpha * x + sigma * noise,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            timestep=t,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0][:, :4]
         error = (out - velocity).square().mean()
         logits = self.module.probe(self.module.tokens)
         labels = self.patches[picks]
         named = torch.where(labels[..., 0] < len(SHAPES), 1.0, 0.2)
-        shape = F.cross_entropy(logits[..., : len(SHAPES) + 1].flatten(0, 1), labels[..., 0].flatten(), reduction="none")
-        colour = F.cross_entropy(logits[..., len(SHAPES) + 1 :].flatten(0, 1), labels[..., 1].flatten(), reduction="none")
+        shape = F.cross_entropy(
+            logits[..., : len(SHAPES) + 1].flatten(0, 1), labels[..., 0].flatten(), reduction="none"
+        )
+        colour = F.cross_entropy(
+            logits[..., len(SHAPES) + 1 :].flatten(0, 1), labels[..., 1].flatten(), reduction="none"
+        )
         probe = ((shape + colour) * named.flatten()).sum() / named.sum()
         return error + 0.15 * (1 - 0.8 * progress) * probe, {"v": error.detach(), "probe": probe.detach()}
 
@@ -383,7 +497,8 @@ class TransformerTask:
 
 
 def patch_labels(owners: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
-    """(N, 8, 8) owners -> (N, 64, 2) int64: shape and colour seen in each patch, one past the last for ground."""
+    """(N, 8, 8) owners -> (N, 64, 2) int64: shape and colour seen in each patch, one past the last for
+    ground."""
     table = torch.full((len(owners), 4, 2), 0)
     table[:, 3] = torch.tensor([len(SHAPES), len(COLOURS)])  # owner -1 reads the last row
     for i, scene in enumerate(scenes[: len(owners)]):
@@ -393,5 +508,99 @@ def patch_labels(owners: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
     return table.gather(1, index[..., None].expand(-1, -1, 2))
 
 
-def expected_steps(images: int, batch: int) -> int:
-    return math.ceil(images / batch)
+class Sampler:
+    """What the transformer draws while it is trained: a sheet of fixed prompts, and their marks when
+    there is a judge."""
+
+    def __init__(self, work: Path, device: torch.device | str, count: int = 64) -> None:
+        from weights import store
+
+        self.work, self.device = work, device
+        self.count = count
+        self.judge_folder = store.find("judge-toy")
+
+    def __call__(self, transformer: nn.Module, folder: Path) -> dict[str, float]:
+        from gen import evaluate
+        from gen.judge import load_judge
+
+        pipeline = assemble(transformer, self.work)
+        asked = evaluate.prompts(self.count)
+        pictures = evaluate.draw(pipeline, [p.text for p in asked], range(self.count), batch=32)
+        evaluate.save_grid(pictures[:32], folder / "samples.png", columns=8)
+        if self.judge_folder is None:
+            return {}
+        return evaluate.score_pictures(load_judge(self.judge_folder), pictures, asked)
+
+
+def assemble(transformer: nn.Module, work: Path):
+    """The pipeline of a run's parts."""
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    from pipelines.pixart_sigma import PixArtSigmaPipeline
+
+    device = next(transformer.parameters()).device
+    return PixArtSigmaPipeline(
+        tokenizer=T5Tokenizer.from_pretrained(work / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(work / "text_encoder", torch_dtype=torch.float32)
+        .to(device)
+        .eval(),
+        vae=load_autoencoder(work / "vae").to(device),
+        transformer=transformer,
+        scheduler=build_scheduler(),
+    )
+
+
+def build_scheduler():
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(**BETAS, num_train_timesteps=1000, prediction_type="v_prediction")
+
+
+def load_autoencoder(folder: Path):
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+TEXT_PROBE = "text_probe.safetensors"  # beside the pipeline's parts: it measures the text encoder
+
+
+def save_text(reader: TextReader, tokenizer, work: Path) -> None:
+    tokenizer.save_pretrained(work / "tokenizer")
+    reader.encoder.save_pretrained(work / "text_encoder")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in reader.probe.state_dict().items()}, work / TEXT_PROBE
+    )
+
+
+def text_slots(folder: Path, tokenizer, device: torch.device | str = "cpu") -> float:
+    """Share of unseen captions of which the text encoder in `folder` tells every slot, read by its own
+    probe."""
+    from transformers import T5EncoderModel
+
+    task = TextTask(tokenizer, seed=0, device=device)
+    task.module.encoder = (
+        T5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32).to(device).eval()
+    )
+    task.module.probe.load_state_dict({k: v.float() for k, v in load_file(folder / TEXT_PROBE).items()})
+    return task.evaluate(folder)["slots"]
+
+
+def export(transformer: nn.Module, work: Path, output: Path, facts: dict) -> None:
+    """The run's parts as one diffusers folder in fp16, with its record (toy.json) and checksums."""
+    from gen.recipes import write_sums
+
+    building = output.with_name(f".{output.name}.building")
+    if building.exists():
+        shutil.rmtree(building)
+    pipeline = assemble(transformer, work)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(building)
+    probe = {k: v.half() for k, v in load_file(work / TEXT_PROBE).items()}
+    save_file(probe, building / TEXT_PROBE)
+    (building / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_sums(building)
+    if output.exists():
+        shutil.rmtree(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    building.rename(output)

@@ -1,13 +1,15 @@
-"""Toy world: a procedural world of shaded solids with exact labels. It trains, judges and tests the toy weights.
+"""Toy world: a procedural world of shaded solids with exact labels. It trains, judges and tests the toy
+weights.
 
-A `Scene` is three-dimensional and knows no camera: `Thing`s (shape, colour, size, material, position, heading)
-stand on a ground plane with one soft light. `render` looks at scenes through any `Camera`; `sample_scene` draws a
-random one, and `describe` says it in words. Everything is a pure function of its seed.
+A `Scene` is three-dimensional and knows no camera: `Thing`s (shape, colour, size, material, position,
+heading) stand on a ground plane with one soft light. `render` looks at scenes through any `Camera`;
+`sample_scene` draws a random one, and `describe` says it in words. Everything is a pure function of its
+seed.
 
-World axes: x to the right, y away from the default camera, z up; one unit is 36 pixels at the origin of the
-128 px default view. Rendering is sphere tracing of signed distances, vectorised over all things of one shape, with
-coverage anti-aliasing from the closest approach of each ray, and shadows softened by the ray's clearance
-(the technique of Inigo Quilez, "soft shadows in raymarched SDFs").
+World axes: x to the right, y away from the default camera, z up; one unit is 36 pixels at the origin of
+the 128 px default view. Rendering is sphere tracing of signed distances, vectorised over all things of
+one shape, with coverage anti-aliasing from the closest approach of each ray, and shadows softened by the
+ray's clearance (the technique of Inigo Quilez, "soft shadows in raymarched SDFs").
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from functools import lru_cache
 
 import torch
 
-# ---------------------------------------------------------------------------------------------- the vocabulary
+# ------------------------------------------------------------------------------------------ the vocabulary
 
 SHAPES = ("sphere", "cube", "cylinder", "cone", "torus", "pyramid", "capsule", "diamond")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "white", "black")
@@ -33,22 +35,42 @@ RELATIONS = ("alone", "left of", "right of", "in front of", "behind", "on top of
 RADIUS = {"small": 0.48, "medium": 0.61, "large": 0.76}  # world units
 # sRGB of a matte surface in full light
 PAINT = {
-    "red": (0.86, 0.11, 0.11), "orange": (0.98, 0.47, 0.05), "yellow": (0.99, 0.84, 0.10),
-    "green": (0.13, 0.62, 0.20), "cyan": (0.10, 0.80, 0.84), "blue": (0.11, 0.26, 0.87),
-    "purple": (0.47, 0.15, 0.71), "pink": (0.99, 0.48, 0.70), "brown": (0.42, 0.23, 0.11),
-    "white": (0.96, 0.96, 0.95), "black": (0.07, 0.07, 0.08),
-}  # fmt: skip
+    "red": (0.86, 0.11, 0.11),
+    "orange": (0.98, 0.47, 0.05),
+    "yellow": (0.99, 0.84, 0.10),
+    "green": (0.13, 0.62, 0.20),
+    "cyan": (0.10, 0.80, 0.84),
+    "blue": (0.11, 0.26, 0.87),
+    "purple": (0.47, 0.15, 0.71),
+    "pink": (0.99, 0.48, 0.70),
+    "brown": (0.42, 0.23, 0.11),
+    "white": (0.96, 0.96, 0.95),
+    "black": (0.07, 0.07, 0.08),
+}
 # ground colour and the colour it fades to with distance
 GROUND = {
-    "grey": ((0.67, 0.68, 0.70), (0.83, 0.84, 0.86)), "beige": ((0.80, 0.70, 0.55), (0.93, 0.87, 0.76)),
-    "blue": ((0.48, 0.64, 0.82), (0.74, 0.86, 0.97)), "green": ((0.52, 0.71, 0.54), (0.77, 0.90, 0.77)),
-    "lavender": ((0.66, 0.58, 0.80), (0.85, 0.80, 0.95)), "dark": ((0.21, 0.23, 0.28), (0.10, 0.11, 0.15)),
-}  # fmt: skip
+    "grey": ((0.67, 0.68, 0.70), (0.83, 0.84, 0.86)),
+    "beige": ((0.80, 0.70, 0.55), (0.93, 0.87, 0.76)),
+    "blue": ((0.48, 0.64, 0.82), (0.74, 0.86, 0.97)),
+    "green": ((0.52, 0.71, 0.54), (0.77, 0.90, 0.77)),
+    "lavender": ((0.66, 0.58, 0.80), (0.85, 0.80, 0.95)),
+    "dark": ((0.21, 0.23, 0.28), (0.10, 0.11, 0.15)),
+}
 # Never shown while the generator (text encoder, autoencoder, transformer) is trained, only when it is tested.
-HELD_OUT = frozenset({
-    ("red", "torus"), ("orange", "cone"), ("yellow", "capsule"), ("green", "sphere"), ("cyan", "pyramid"),
-    ("blue", "diamond"), ("purple", "cube"), ("pink", "cylinder"), ("white", "cone"), ("brown", "torus"),
-})  # fmt: skip
+HELD_OUT = frozenset(
+    {
+        ("red", "torus"),
+        ("orange", "cone"),
+        ("yellow", "capsule"),
+        ("green", "sphere"),
+        ("cyan", "pyramid"),
+        ("blue", "diamond"),
+        ("purple", "cube"),
+        ("pink", "cylinder"),
+        ("white", "cone"),
+        ("brown", "torus"),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +137,7 @@ class Camera:
 
 
 # ------------------------------------------------------------------------------------------------- the solids
-# Signed distances in a frame scaled to radius 1, centred on the solid. Lower bounds are enough for sphere tracing.
+# Signed distances in a frame scaled to radius 1, centred on the solid; lower bounds are enough.
 
 
 def _smooth_max(a: torch.Tensor, b: torch.Tensor, k: float = 0.06) -> torch.Tensor:
@@ -253,14 +275,19 @@ def sample_thing(
     if abs(heading) < solid.away:
         heading = math.copysign(solid.away + abs(heading), heading)
     return Thing(
-        shape=shape, colour=colour, size=rng.choice(sizes), material=rng.choice(MATERIALS),
-        position=(0.0, 0.0, 0.0), heading=round(heading, 4),
-    )  # fmt: skip
+        shape=shape,
+        colour=colour,
+        size=rng.choice(sizes),
+        material=rng.choice(MATERIALS),
+        position=(0.0, 0.0, 0.0),
+        heading=round(heading, 4),
+    )
 
 
 @lru_cache
 def colour_shape_pairs(which: str) -> tuple[tuple[str, str], ...]:
-    """(colour, shape) pairs: "seen" ones train the generator, "held_out" ones only test it, "all" are both."""
+    """(colour, shape) pairs: "seen" ones train the generator, "held_out" ones only test it, "all" are
+    both."""
     wanted = {"seen": (False,), "held_out": (True,), "all": (False, True)}[which]
     return tuple((c, s) for c in COLOURS for s in SHAPES if ((c, s) in HELD_OUT) in wanted)
 
@@ -272,7 +299,8 @@ def sample_scene(
     pairs: Iterable[tuple[str, str]] | None = None,
     weights: Sequence[float] = (0.36, 0.11, 0.11, 0.09, 0.09, 0.12, 0.12),
 ) -> Scene:
-    """A random scene. `relation` fixes how many things there are and how they stand; `weights` are per relation."""
+    """A random scene. `relation` fixes how many things there are and how they stand; `weights` are per
+    relation."""
     if relation is None:
         relation = rng.choices(RELATIONS, weights)[0]
     count = {"alone": 1, "row": 3}.get(relation, 2)
@@ -283,13 +311,16 @@ def sample_scene(
         bigger = rng.randrange(3)
         things = [t if i == bigger else replace(t, size="small") for i, t in enumerate(things)]
     return Scene(
-        things=_place(things, relation, rng), relation=relation,
-        background=rng.choice(BACKGROUNDS), light=round(rng.uniform(-0.35, 0.35), 4),
-    )  # fmt: skip
+        things=_place(things, relation, rng),
+        relation=relation,
+        background=rng.choice(BACKGROUNDS),
+        light=round(rng.uniform(-0.35, 0.35), 4),
+    )
 
 
 def scenes(seed: int, *, start: int = 0, which: str = "seen") -> Iterator[Scene]:
-    """An endless stream of scenes, each a function of (seed, its index) and of the pairs to draw from alone."""
+    """An endless stream of scenes, each a function of (seed, its index) and of the pairs to draw from
+    alone."""
     pairs = colour_shape_pairs(which)
     index = start
     while True:
@@ -300,47 +331,108 @@ def scenes(seed: int, *, start: int = 0, which: str = "seen") -> Iterator[Scene]
 # -------------------------------------------------------------------------------------------------- in words
 
 SHAPE_WORDS = {
-    "sphere": ("sphere", "ball", "sphere", "ball", "orb", "globe"), "cube": ("cube", "cube", "box", "block"),
-    "cylinder": ("cylinder", "cylinder", "can", "drum"), "cone": ("cone",),
-    "torus": ("torus", "ring", "donut", "torus", "doughnut"), "pyramid": ("pyramid",),
-    "capsule": ("capsule", "capsule", "pill"), "diamond": ("diamond", "diamond", "octahedron", "gem"),
-}  # fmt: skip
+    "sphere": ("sphere", "ball", "sphere", "ball", "orb", "globe"),
+    "cube": ("cube", "cube", "box", "block"),
+    "cylinder": ("cylinder", "cylinder", "can", "drum"),
+    "cone": ("cone",),
+    "torus": ("torus", "ring", "donut", "torus", "doughnut"),
+    "pyramid": ("pyramid",),
+    "capsule": ("capsule", "capsule", "pill"),
+    "diamond": ("diamond", "diamond", "octahedron", "gem"),
+}
 COLOUR_WORDS = {
-    "red": ("red", "red", "red", "crimson", "scarlet"), "orange": ("orange",),
-    "yellow": ("yellow", "yellow", "yellow", "golden"), "green": ("green", "green", "green", "emerald"),
-    "cyan": ("cyan", "cyan", "turquoise", "teal"), "blue": ("blue", "blue", "blue", "navy"),
-    "purple": ("purple", "purple", "violet"), "pink": ("pink", "pink", "rose"),
-    "brown": ("brown", "brown", "chocolate"), "white": ("white", "white", "ivory"), "black": ("black", "black", "ebony"),
-}  # fmt: skip
+    "red": ("red", "red", "red", "crimson", "scarlet"),
+    "orange": ("orange",),
+    "yellow": ("yellow", "yellow", "yellow", "golden"),
+    "green": ("green", "green", "green", "emerald"),
+    "cyan": ("cyan", "cyan", "turquoise", "teal"),
+    "blue": ("blue", "blue", "blue", "navy"),
+    "purple": ("purple", "purple", "violet"),
+    "pink": ("pink", "pink", "rose"),
+    "brown": ("brown", "brown", "chocolate"),
+    "white": ("white", "white", "ivory"),
+    "black": ("black", "black", "ebony"),
+}
 SIZE_WORDS = {
-    "small": ("small", "small", "little", "tiny"), "medium": ("medium", "medium-sized", "mid-sized"),
+    "small": ("small", "small", "little", "tiny"),
+    "medium": ("medium", "medium-sized", "mid-sized"),
     "large": ("large", "big", "large", "big", "huge"),
-}  # fmt: skip
+}
 MATERIAL_WORDS = {
-    "matte": ("matte", "matte", "dull", "rubber", "matt"), "shiny": ("shiny", "metallic", "glossy", "metal", "polished"),
-}  # fmt: skip
+    "matte": ("matte", "matte", "dull", "rubber", "matt"),
+    "shiny": ("shiny", "metallic", "glossy", "metal", "polished"),
+}
 BACKGROUND_WORDS = {
-    "grey": ("grey", "gray", "light grey"), "beige": ("beige", "sand-coloured", "cream"),
-    "blue": ("blue", "sky blue", "pale blue"), "green": ("green", "pale green", "mint green"),
-    "lavender": ("lavender", "lilac", "purple"), "dark": ("dark", "black", "night"),
-}  # fmt: skip
+    "grey": ("grey", "gray", "light grey"),
+    "beige": ("beige", "sand-coloured", "cream"),
+    "blue": ("blue", "sky blue", "pale blue"),
+    "green": ("green", "pale green", "mint green"),
+    "lavender": ("lavender", "lilac", "purple"),
+    "dark": ("dark", "black", "night"),
+}
 RELATION_WORDS = {
-    "left of": ("{a} to the left of {b}", "{a} left of {b}", "{a} on the left of {b}", "{a} and {b}",
-                "{a} next to {b}", "{a} on the left and {b} on the right", "on the left {a}, on the right {b}",
-                "{a} on the left side of {b}", "left of {b} is {a}", "to the left of {b} there is {a}", "{a} beside {b}"),
-    "right of": ("{a} to the right of {b}", "{a} right of {b}", "{a} on the right of {b}",
-                 "{a} on the right and {b} on the left", "on the right {a}, on the left {b}",
-                 "{a} on the right side of {b}", "right of {b} is {a}", "to the right of {b} there is {a}"),
-    "in front of": ("{a} in front of {b}", "{a} before {b}", "in front of {b} there is {a}", "{a} standing in front of {b}",
-                    "in front of {b} is {a}", "{a} in the foreground and {b} in the background"),
-    "behind": ("{a} behind {b}", "{a} standing behind {b}", "behind {b} there is {a}", "behind {b} is {a}",
-               "{a} at the back of {b}", "{a} in back of {b}"),
-    "on top of": ("{a} on top of {b}", "{a} on {b}", "{a} above {b}", "{a} standing on {b}", "on top of {b} there is {a}",
-                  "{b} under {a}", "{b} below {a}", "{a} stacked on {b}", "{b} with {a} on top"),
-    "row": ("{a}, {b} and {c}", "{a}, {b}, and {c}", "from left to right {a}, {b} and {c}", "a row of {a}, {b} and {c}",
-            "{a}, {b}, {c}", "{a} next to {b} next to {c}", "{a}, then {b}, then {c}", "{b} between {a} and {c}",
-            "{a} left of {b} and {c} right of {b2}"),
-}  # fmt: skip
+    "left of": (
+        "{a} to the left of {b}",
+        "{a} left of {b}",
+        "{a} on the left of {b}",
+        "{a} and {b}",
+        "{a} next to {b}",
+        "{a} on the left and {b} on the right",
+        "on the left {a}, on the right {b}",
+        "{a} on the left side of {b}",
+        "left of {b} is {a}",
+        "to the left of {b} there is {a}",
+        "{a} beside {b}",
+    ),
+    "right of": (
+        "{a} to the right of {b}",
+        "{a} right of {b}",
+        "{a} on the right of {b}",
+        "{a} on the right and {b} on the left",
+        "on the right {a}, on the left {b}",
+        "{a} on the right side of {b}",
+        "right of {b} is {a}",
+        "to the right of {b} there is {a}",
+    ),
+    "in front of": (
+        "{a} in front of {b}",
+        "{a} before {b}",
+        "in front of {b} there is {a}",
+        "{a} standing in front of {b}",
+        "in front of {b} is {a}",
+        "{a} in the foreground and {b} in the background",
+    ),
+    "behind": (
+        "{a} behind {b}",
+        "{a} standing behind {b}",
+        "behind {b} there is {a}",
+        "behind {b} is {a}",
+        "{a} at the back of {b}",
+        "{a} in back of {b}",
+    ),
+    "on top of": (
+        "{a} on top of {b}",
+        "{a} on {b}",
+        "{a} above {b}",
+        "{a} standing on {b}",
+        "on top of {b} there is {a}",
+        "{b} under {a}",
+        "{b} below {a}",
+        "{a} stacked on {b}",
+        "{b} with {a} on top",
+    ),
+    "row": (
+        "{a}, {b} and {c}",
+        "{a}, {b}, and {c}",
+        "from left to right {a}, {b} and {c}",
+        "a row of {a}, {b} and {c}",
+        "{a}, {b}, {c}",
+        "{a} next to {b} next to {c}",
+        "{a}, then {b}, then {c}",
+        "{b} between {a} and {c}",
+        "{a} left of {b} and {c} right of {b2}",
+    ),
+}
 OPENINGS = (
     "",
     "",
@@ -357,7 +449,8 @@ OPENINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """A sentence and what it says: None where it leaves an attribute open. Things are in the scene's order."""
+    """A sentence and what it says: None where it leaves an attribute open. Things are in the scene's
+    order."""
 
     text: str
     relation: str
@@ -391,8 +484,12 @@ def _phrase(
             if start < 0.12
             else f"a{'n' if text[0] in 'aeiou' else ''} {text}"
         )
-    said = {"shape": thing.shape, "colour": thing.colour, "size": thing.size if size else None,
-            "material": thing.material if material else None}  # fmt: skip
+    said = {
+        "shape": thing.shape,
+        "colour": thing.colour,
+        "size": thing.size if size else None,
+        "material": thing.material if material else None,
+    }
     return text, said
 
 
@@ -416,8 +513,15 @@ def describe(scene: Scene, rng: random.Random) -> Caption:
         word = rng.choice(BACKGROUND_WORDS[scene.background])
         article_b = "an" if word[0] in "aeiou" else "a"
         background = scene.background
-        text += rng.choice((f" on {article_b} {word} background", f" on {article_b} {word} ground", f", {word} background",
-                            f" against {article_b} {word} background", f" on {article_b} {word} floor"))  # fmt: skip
+        text += rng.choice(
+            (
+                f" on {article_b} {word} background",
+                f" on {article_b} {word} ground",
+                f", {word} background",
+                f" against {article_b} {word} background",
+                f" on {article_b} {word} floor",
+            )
+        )
     return Caption(text=text, relation=scene.relation, things=said, background=background)
 
 
@@ -465,14 +569,18 @@ def _flatten(batch: Sequence[Scene], device: torch.device | str) -> _Flat:
         shiny=tensor([float(t.material == "shiny") for _, t in things]),
         centre=tensor([t.centre for _, t in things]).reshape(-1, 3),
         radius=tensor([t.radius for _, t in things]),
-        cos=heading.cos(), sin=heading.sin(),
+        cos=heading.cos(),
+        sin=heading.sin(),
         background=tensor([BACKGROUNDS.index(s.background) for s in batch], torch.long),
-        light=torch.stack([azimuth.sin() * flat, -azimuth.cos() * flat, torch.full_like(azimuth, up)], dim=-1),
-    )  # fmt: skip
+        light=torch.stack(
+            [azimuth.sin() * flat, -azimuth.cos() * flat, torch.full_like(azimuth, up)], dim=-1
+        ),
+    )
 
 
 class _Local:
-    """World points and directions (n, P, 3) in the unit frames of n things (rotated by -heading, scaled by 1/radius)."""
+    """World points and directions (n, P, 3) in the unit frames of n things (rotated by -heading, scaled
+    by 1/radius)."""
 
     def __init__(self, flat: _Flat, index: torch.Tensor) -> None:
         self.centre = flat.centre[index][:, None]
@@ -493,7 +601,8 @@ class _Local:
 def _shadow(
     solid: Solid, local: _Local, points: torch.Tensor, light: torch.Tensor, steps: int
 ) -> torch.Tensor:
-    """How much of the light and of the sky reaches `points` (n, P, 3) past one thing each: (n, P, 2) in 0..1."""
+    """How much of the light and of the sky reaches `points` (n, P, 3) past one thing each: (n, P, 2) in
+    0..1."""
     px, py, pz = local.point(points)
     lx, ly, lz = local.direction(light)
     near = -(px * lx + py * ly + pz * lz)  # where the ray is closest to the centre
@@ -543,8 +652,8 @@ def render(
     device: torch.device | str = "cpu",
     return_owner: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (B, 3, size, size) float32 in 0..1. With `return_owner` also (B, size, size) int64: the number of the
-    thing seen in each pixel, counted within its scene, or -1 for the ground."""  # fmt: skip
+    """Pictures (B, 3, size, size) float32 in 0..1. With `return_owner` also (B, size, size) int64: the
+    number of the thing seen in each pixel, counted within its scene, or -1 for the ground."""
     camera = camera or Camera()
     flat = _flatten(batch, device)
     eye, axes = (t.to(device) for t in camera.frame())

@@ -1,8 +1,9 @@
 """The training loop: one for every recipe. What is trained, on what and by which loss is a `Task`.
 
-Resumable at any moment (parameters, averages, optimizer and counters are one safetensors file, replaced atomically),
-on one device or on several single-threaded CPU processes with averaged gradients: two of those are faster and far
-steadier on two cores than one process with two threads, which stalls whenever anything else runs.
+Resumable at any moment (parameters, averages, optimizer and counters are one safetensors file, replaced
+atomically), on one device or on several single-threaded CPU processes with averaged gradients: two of
+those are faster and far steadier on two cores than one process with two threads, which stalls whenever
+anything else runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,29 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 log = logging.getLogger(__name__)
+
+
+def train(
+    name: str,
+    *,
+    output: Path | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    minutes: float | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Run the recipe `name`, telling its progress on stderr; returns the folder of finished weights."""
+    from gen import recipes
+
+    return recipes.start(
+        name,
+        output=output,
+        resume=resume,
+        device=device,
+        minutes=minutes,
+        threads=threads,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +65,15 @@ class Schedule:
 
 
 class Task(Protocol):
-    """What the loop needs to know. `module` holds every trainable parameter; `steps_done` is kept by the loop."""
+    """What the loop needs to know. `module` holds every trainable parameter; `steps_done` is kept by the
+    loop."""
 
     name: str
     module: torch.nn.Module
 
-    def seed_data(self, key: str) -> None: ...  # new random streams: every process and every resumed run has its own
+    def seed_data(
+        self, key: str
+    ) -> None: ...  # new random streams: every process and every resumed run has its own
     def optimizer(self, lr: float) -> torch.optim.Optimizer: ...
     def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
     def evaluate(self, folder: Path) -> dict[str, float]: ...
@@ -110,7 +138,8 @@ def load_checkpoint(
 
 
 class Averaged:
-    """Exponential moving average of a module's state; as a context manager it lends the average to the module."""
+    """Exponential moving average of a module's state; as a context manager it lends the average to the
+    module."""
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.module, self.decay = module, decay
@@ -140,9 +169,9 @@ def fit(
     minutes: float | None = None,
     report: Callable[[str], None] = print,
 ) -> dict:
-    """Train `task` until `schedule.steps`, or for `minutes` (over all resumed runs together), whichever comes first.
-    Leaves `<name>.safetensors` (checkpoint), `<name>.log.jsonl` and what the task draws in `folder`; the module ends
-    with its averaged weights. Returns the counters: step, seconds, images."""
+    """Train `task` until `schedule.steps`, or for `minutes` (over all resumed runs together), whichever
+    comes first. Leaves `<name>.safetensors` (checkpoint), `<name>.log.jsonl` and what the task draws in
+    `folder`; the module ends with its averaged weights. Returns the counters: step, seconds, images."""
     rank, world = rank_and_world()
     path, log_path = folder / f"{task.name}.safetensors", folder / f"{task.name}.log.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,8 +227,10 @@ def fit(
             pace = (facts["step"] - step_began) / (now - began)
             left = min((schedule.steps - facts["step"]) / pace, limit - facts["seconds"])
             parts_text = " ".join(f"{k} {v:.4g}" for k, v in means.items())
-            report(f"{task.name} step {facts['step']} {pace * share * world:.0f} images/s {parts_text} lr {lr:.2g} "
-                   f"{left / 60:.0f} min left")  # fmt: skip
+            speed = f"{pace * share * world:.0f} images/s"
+            report(
+                f"{task.name} step {facts['step']} {speed} {parts_text} lr {lr:.2g} {left / 60:.0f} min left"
+            )
             with log_path.open("a") as file:
                 file.write(json.dumps({**facts, "lr": lr, **means}) + "\n")
             sums, counted, last_line = {}, 0, now

@@ -1,0 +1,267 @@
+"""Measures of the embedded models: what a table row promises, on prompts and scenes that training never
+saw.
+
+Pictures are read by the judge (`gen.judge`), which was trained on renders only. A picture counts when
+everything said is there together: as many things, each shape with its colour, each thing in its slot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gen.errors import GenError
+
+SEED = 5120  # of prompts and of noise; training uses other streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One row of the table. `gate` must hold for the weights to ship; `goal` is what they are trained
+    towards."""
+
+    name: str
+    unit: str
+    gate: float | None = None
+    goal: float | None = None
+    note: str = ""
+
+
+METRICS = (
+    Metric(
+        name="autoencoder", unit="dB", gate=36, goal=38, note="PSNR of reconstructions of held-out renders"
+    ),
+    Metric(
+        name="text slots",
+        unit="%",
+        gate=99,
+        note="captions whose every slot (shape, colour, role) the text encoder tells",
+    ),
+    Metric(name="one object", unit="%", gate=85, goal=97, note="shape and colour both right"),
+    Metric(name="two objects", unit="%", gate=50, goal=88, note="every attribute bound to the right one"),
+    Metric(name="relation", unit="%", gate=45, goal=85, note="the same, and each object in its slot"),
+    Metric(name="three objects", unit="%", note="every attribute bound, from left to right as said"),
+    Metric(
+        name="held-out pairs", unit="%", goal=80, note="one object of a colour-shape pair never trained on"
+    ),
+    Metric(name="size and material", unit="%", note="one or two objects, all that was said right"),
+    Metric(name="judge", unit="%", gate=98, note="its worst attribute on held-out renders"),
+    Metric(name="judge, reconstructed", unit="%", note="shape and colour read through the autoencoder"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    text: str
+    caption: Any  # gen.toy_world.Caption
+    group: str  # "one" | "two" | "three" | "held-out"
+
+
+def prompts(count: int) -> list[Prompt]:
+    """`count` prompts in fixed shares, each a function of its number alone: 5 of 16 show one object, 6
+    two, 2 three, and 3 one object of a held-out pair."""
+    from gen import toy_world
+
+    groups = ["one"] * 5 + ["two"] * 6 + ["three"] * 2 + ["held-out"] * 3
+    made = []
+    for n in range(count):
+        group = groups[n * 5 % 16]
+        rng = random.Random(f"evaluate:{SEED}:{n}")
+        relation = {"two": rng.choice(toy_world.RELATIONS[1:-1]), "three": "row"}.get(group, "alone")
+        pairs = toy_world.colour_shape_pairs("held_out" if group == "held-out" else "seen")
+        caption = toy_world.describe(toy_world.sample_scene(rng, relation=relation, pairs=pairs), rng)
+        made.append(Prompt(text=caption.text, caption=caption, group=group))
+    return made
+
+
+def draw(
+    pipeline: Any,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 20,
+    guidance: float = 4.5,
+    batch: int = 16,
+    report: Callable[[str], None] | None = None,
+):
+    """(n, 3, Y, X) pictures in 0..1 of `texts`, picture i with noise of seed i."""
+    import torch
+
+    pictures = []
+    for i in range(0, len(texts), batch):
+        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[i : i + batch]]
+        made = pipeline(
+            list(texts[i : i + batch]),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            use_resolution_binning=False,
+            output_type="pt",
+        )
+        pictures.append(made.images.float().cpu())
+        if report:
+            report(f"drew {min(i + batch, len(texts))} of {len(texts)} pictures")
+    return torch.cat(pictures)
+
+
+def score_pictures(judge: Any, pictures: Any, asked: Sequence[Prompt]) -> dict[str, float]:
+    """Percentages by metric name, over the prompts of each group."""
+    from gen.judge import read, verdict
+
+    seen = [s for i in range(0, len(pictures), 64) for s in read(judge, pictures[i : i + 64])]
+    verdicts = [(p.group, verdict(p.caption, s)) for p, s in zip(asked, seen, strict=True)]
+
+    def share(groups: tuple[str, ...], field: str) -> float:
+        chosen = [getattr(v, field) for g, v in verdicts if g in groups]
+        return 100 * sum(chosen) / max(1, len(chosen))
+
+    return {
+        "one object": share(("one",), "bound"),
+        "two objects": share(("two",), "bound"),
+        "relation": share(("two",), "placed"),
+        "three objects": share(("three",), "placed"),
+        "held-out pairs": share(("held-out",), "bound"),
+        "size and material": share(("one", "two"), "extras"),
+    }
+
+
+def _embedded(name: str) -> Path:
+    from weights import store
+
+    folder = store.find(name)
+    if folder is None:
+        raise GenError(
+            f"The weights {name} are not here.",
+            hint="Train them: gen train pixart-sigma:toy",
+            code="not_installed",
+        )
+    return folder
+
+
+def evaluate(
+    name: str,
+    *,
+    prompts: int = 512,
+    steps: int = 20,
+    device: str = "auto",
+    grid: Path | None = None,
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """The quality table of `name` ("pixart-sigma:toy"). `grid` also saves a sheet of the first pictures.
+
+    Raises GenError for a model without measures, or whose weights are missing.
+    """
+    from gen import catalog
+
+    if prompts < 16:
+        raise GenError(
+            f"{prompts} prompts are too few to measure by.",
+            hint="Use --prompts 16 or more.",
+            code="bad_input",
+        )
+    model, tag = catalog.find(name)
+    if (model.name, tag) not in MEASURES:
+        known = ", ".join(f"{m}:{t}" for m, t in MEASURES)
+        raise GenError(f"There are no measures for {name}.", hint=f"There are for {known}.", code="bad_input")
+    return MEASURES[model.name, tag](prompts, steps, device, grid, report or (lambda _: None))
+
+
+def _pixart_toy(
+    count: int, steps: int, device: str, grid: Path | None, report: Callable[[str], None]
+) -> dict[str, Any]:
+    import torch
+
+    from gen import toy_pixart, toy_world
+    from gen.judge import accuracy, load_judge
+    from pipelines.pixart_sigma import PixArtSigmaPipeline
+
+    folder = _embedded("pixart-sigma-toy")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    pipeline = PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=torch.float32, device=chosen)
+    judge = load_judge(_embedded("judge-toy"))
+
+    report("reading held-out renders")
+    scenes = list(itertools.islice(toy_world.scenes(SEED, which="all"), 512))
+    renders = torch.cat([toy_world.render(scenes[i : i + 32]) for i in range(0, len(scenes), 32)])
+    read_back = accuracy(judge, renders, scenes)
+    bytes_ = (renders[:256] * 255).round().to(torch.uint8)
+    values = {"judge": 100 * min(read_back[k] for k in ("shape", "colour", "size", "material", "position"))}
+    values["autoencoder"] = toy_pixart.reconstruction_psnr(pipeline.vae, bytes_, chosen)
+    latents = toy_pixart.encode_pictures(pipeline.vae, bytes_, chosen).float().to(chosen)
+    again = accuracy(judge, pipeline.decode(latents, "pt").cpu(), scenes[:256])
+    values["judge, reconstructed"] = 100 * min(again["shape"], again["colour"])
+    values["text slots"] = 100 * toy_pixart.text_slots(folder, pipeline.tokenizer, chosen)
+
+    asked = _prompts(count)
+    pictures = draw(pipeline, [p.text for p in asked], range(count), steps=steps, report=report)
+    values |= score_pictures(judge, pictures, asked)
+    if grid:
+        save_grid(pictures[:48], grid, columns=8)
+    table = {
+        "model": "pixart-sigma:toy",
+        "prompts": count,
+        "steps": steps,
+        "guidance": 4.5,
+        "seed": SEED,
+        "rows": [],
+    }
+    for m in METRICS:
+        value = values[m.name]
+        table["rows"].append(
+            {
+                "metric": m.name,
+                "value": round(value, 2),
+                "unit": m.unit,
+                "gate": m.gate,
+                "goal": m.goal,
+                "passed": m.gate is None or value >= m.gate,
+                "note": m.note,
+            }
+        )
+    return table
+
+
+_prompts = prompts
+MEASURES: dict[tuple[str, str | None], Callable[..., dict[str, Any]]] = {("pixart-sigma", "toy"): _pixart_toy}
+
+
+def save_grid(pictures: Any, path: Path, columns: int) -> None:
+    """Pictures (n, 3, Y, X) in 0..1 as one PNG sheet, row by row."""
+    from PIL import Image
+
+    n, _, y, x = pictures.shape
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * x, rows * y), "white")
+    for i, picture in enumerate((pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+        sheet.paste(Image.fromarray(picture), (i % columns * x, i // columns * y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table as people read it."""
+    lines = ["| measure | value | gate | goal | what it says |", "|---|---|---|---|---|"]
+    for row in table["rows"]:
+        mark = "" if row["gate"] is None else " ✓" if row["passed"] else " ✗"
+
+        def number(value: float | None, unit: str = row["unit"]) -> str:
+            return "" if value is None else f"{value:.4g} {unit}"
+
+        cells = [
+            row["metric"],
+            number(round(row["value"], 1)) + mark,
+            number(row["gate"]),
+            number(row["goal"]),
+        ]
+        lines.append(f"| {' | '.join([*cells, row['note']])} |")
+    settings = f"{table['prompts']} held-out prompts, {table['steps']} steps, guidance {table['guidance']}"
+    return f"`{table['model']}`, {settings}\n\n" + "\n".join(lines) + "\n"
+
+
+def to_json(table: dict[str, Any]) -> str:
+    return json.dumps(table, indent=1)

@@ -1,0 +1,390 @@
+"""Training runs: one row each, and the steps of each run. `gen train NAME` looks here.
+
+Every number that shapes the result stands in this file. A run works in a folder of its own
+(`.train/<name>` in a source tree), where each stage leaves a checkpoint, a log and sample sheets; it can
+be stopped and started again at any moment. It starts from the weights that ship, where there are any:
+`--fresh` starts from nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gen.errors import GenError
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    summary: str
+    run: Callable[[Run], None]
+    minutes: float  # a sensible length on two CPU cores
+    ships: str  # key of weights.registry that it makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run in one process. `rank` 0 writes; the others only lend a hand."""
+
+    name: str
+    work: Path
+    output: Path
+    shipped: Path | None  # weights to go on from
+    device: str
+    minutes: float
+    resume: bool
+    rank: int = 0
+    world: int = 1
+    report: Callable[[str], None] = print
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def together(self) -> None:
+        """Wait for the other processes."""
+        import torch.distributed as dist
+
+        if self.world > 1:
+            dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------ pixart-sigma:toy
+
+SCENES = 40_000
+SCENES_SEED = 20261120
+# Times are shares of the run's minutes; on a GPU the steps run out first.
+AUTOENCODER = {
+    "share": 0.2,
+    "steps": 40_000,
+    "batch": 24,
+    "lr": 2e-3,
+    "ema": 0.998,
+    "warmup": 100,
+    "cooldown": 0.6,
+}
+TEXT = {"share": 0.05, "steps": 6_000, "batch": 64, "lr": 2e-3, "ema": 0.998, "warmup": 100, "cooldown": 0.4}
+TRANSFORMER = {
+    "share": 0.81,
+    "steps": 60_000,
+    "batch": 64,
+    "lr": 2e-3,
+    "ema": 0.999,
+    "warmup": 100,
+    "cooldown": 0.3,
+}
+NETWORK = {"layers": 6, "heads": 6, "head_dim": 32, "caption_channels": 192}
+PROBE_BLOCK = 3
+
+
+def _schedule(row: dict[str, Any]):
+    from gen.train import Schedule
+
+    return Schedule(**{k: v for k, v in row.items() if k != "share"})
+
+
+def _pixart_sigma_toy(run: Run) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    from gen import toy_data, toy_pixart, toy_world
+    from gen.train import fit
+    from pipelines.models.pixart import PixArtTransformer2DModel
+
+    work, fresh = run.work, run.shipped is None
+    # 1. Scenes
+    toy_data.render_shards(
+        work / "scenes",
+        SCENES_SEED,
+        SCENES,
+        rank=run.rank,
+        world=run.world,
+        device=run.device,
+        report=run.report,
+    )
+    run.together()
+    pictures, owners = toy_data.load_shards(work / "scenes", SCENES)
+
+    # 2. Autoencoder
+    if run.leads and not fresh and not (work / "vae").exists():
+        shutil.copytree(run.shipped / "vae", work / "vae")
+    run.together()
+    if not (work / "vae").exists():
+        task = toy_pixart.AutoencoderTask(pictures, owners, seed=3, device=run.device)
+        fit(
+            task,
+            _schedule(AUTOENCODER),
+            work,
+            resume=run.resume,
+            minutes=AUTOENCODER["share"] * run.minutes,
+            report=run.report,
+        )
+        if run.leads:
+            toy_pixart.normalise_latents(task.module, pictures[:2000], run.device)
+            run.report(f"autoencoder: {task.evaluate(work)['psnr']:.2f} dB")
+            task.module.save_pretrained(work / "vae")
+        run.together()
+    if run.leads and not (work / "latents.safetensors").exists():
+        vae = toy_pixart.load_autoencoder(work / "vae").to(run.device)
+        save_file(
+            {"latents": toy_pixart.encode_pictures(vae, pictures, run.device)}, work / "latents.safetensors"
+        )
+    run.together()
+    del pictures
+    latents = load_file(work / "latents.safetensors")["latents"]
+
+    # 3. Text encoder
+    if run.leads and not fresh and not (work / "text_encoder").exists():
+        for part in ("text_encoder", "tokenizer"):
+            shutil.copytree(run.shipped / part, work / part, dirs_exist_ok=True)
+        shutil.copy(run.shipped / toy_pixart.TEXT_PROBE, work / toy_pixart.TEXT_PROBE)
+    run.together()
+    if not (work / "text_encoder").exists():
+        tokenizer = toy_pixart.build_tokenizer()
+        text = toy_pixart.TextTask(tokenizer, seed=5, device=run.device)
+        fit(
+            text,
+            _schedule(TEXT),
+            work,
+            resume=run.resume,
+            minutes=TEXT["share"] * run.minutes,
+            report=run.report,
+        )
+        if run.leads:
+            told, held_out = text.evaluate(work)["slots"], text.evaluate(work, "held_out")["slots"]
+            run.report(f"text: {told:.2%} of slots told, {held_out:.2%} with held-out pairs")
+            toy_pixart.save_text(text.module, tokenizer, work)
+        run.together()
+
+    # 4. Transformer
+    transformer = PixArtTransformer2DModel(**toy_pixart.transformer_config(**NETWORK))
+    if fresh:
+        torch.manual_seed(9)
+        toy_pixart.initialise(transformer)
+    else:
+        transformer = PixArtTransformer2DModel.from_pretrained(
+            run.shipped / "transformer", torch_dtype=torch.float32
+        )
+    scenes = list(itertools.islice(toy_world.scenes(SCENES_SEED), len(latents)))
+    encoder = T5EncoderModel.from_pretrained(work / "text_encoder", torch_dtype=torch.float32)
+    tokenizer = T5Tokenizer.from_pretrained(work / "tokenizer")
+    task = toy_pixart.TransformerTask(
+        transformer,
+        encoder,
+        tokenizer,
+        latents,
+        owners,
+        scenes,
+        seed=9,
+        probe_block=PROBE_BLOCK,
+        device=run.device,
+        judged=toy_pixart.Sampler(work, run.device) if run.leads else None,
+    )
+    facts = fit(
+        task,
+        _schedule(TRANSFORMER),
+        work,
+        resume=run.resume,
+        minutes=TRANSFORMER["share"] * run.minutes,
+        report=run.report,
+    )
+    if run.leads:
+        before = read_facts(run.shipped) if run.shipped else {}
+        toy_pixart.export(
+            task.module.transformer,
+            work,
+            run.output,
+            {
+                **_origin(run),
+                "seed": {"scenes": SCENES_SEED, "autoencoder": 3, "text": 5, "transformer": 9},
+                "steps": facts["step"] + before.get("steps", 0),
+                "images_seen": facts["images"] + before.get("images_seen", 0),
+                "network": NETWORK,
+            },
+        )
+
+
+# ----------------------------------------------------------------------------------------------- judge:toy
+
+JUDGE_SCENES = 10_000
+JUDGE = {"steps": 8_000, "batch": 32, "lr": 1.5e-3, "ema": 0.998, "warmup": 100, "cooldown": 0.4}
+
+
+def _judge_toy(run: Run) -> None:
+    from gen import judge, toy_data, toy_world
+    from gen.train import fit
+
+    toy_data.render_shards(
+        run.work / "scenes",
+        777,
+        JUDGE_SCENES,
+        which="all",
+        rank=run.rank,
+        world=run.world,
+        device=run.device,
+        report=run.report,
+    )
+    run.together()
+    pictures, _ = toy_data.load_shards(run.work / "scenes", JUDGE_SCENES)
+    scenes = list(itertools.islice(toy_world.scenes(777, which="all"), len(pictures)))
+    task = judge.JudgeTask(pictures, scenes, seed=7, device=run.device)
+    facts = fit(task, _schedule(JUDGE), run.work, resume=run.resume, minutes=run.minutes, report=run.report)
+    if run.leads:
+        found = task.evaluate(run.work)
+        run.report("judge: " + ", ".join(f"{k} {v:.2%}" for k, v in found.items()))
+        judge.save_judge(
+            task.module,
+            run.output,
+            {
+                **_origin(run),
+                "seed": 7,
+                "steps": facts["step"],
+                "images_seen": facts["images"],
+                "quality": found,
+            },
+        )
+        write_sums(run.output)
+
+
+# --------------------------------------------------------------------------------------------------- records
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    """What made these weights: recipe, commit of the source (None outside a work tree), device."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {"recipe": run.name, "commit": commit or None, "device": run.device}
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / "toy.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS over every other file of the folder."""
+    import hashlib
+
+    lines = [
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}"
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "SHA256SUMS"
+    ]
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+
+
+RECIPES = {
+    r.name: r
+    for r in (
+        Recipe(
+            name="pixart-sigma:toy",
+            summary="text to image, 128 px, from rendered scenes",
+            run=_pixart_sigma_toy,
+            minutes=180,
+            ships="pixart-sigma-toy",
+        ),
+        Recipe(
+            name="judge:toy", summary="reads toy pictures back", run=_judge_toy, minutes=15, ships="judge-toy"
+        ),
+    )
+}
+
+
+# --------------------------------------------------------------------------------------------------- the door
+
+
+def start(
+    name: str,
+    *,
+    output: Path | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    minutes: float | None = None,
+    threads: int | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Run recipe `name`; returns the folder of finished weights. `threads`: CPU processes to train with.
+
+    Raises GenError for an unknown recipe or a device that is not there.
+    """
+    import torch
+
+    from weights import store
+
+    if name not in RECIPES:
+        raise GenError(
+            f"There is no recipe {name!r}.", hint=f"There are {', '.join(RECIPES)}.", code="unknown_model"
+        )
+    recipe = RECIPES[name]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise GenError("There is no CUDA device here.", hint="Use --device cpu.", code="bad_input")
+    slug = name.replace(":", "-")
+    root = Path(os.environ["GEN_TRAIN_DIR"]) if "GEN_TRAIN_DIR" in os.environ else Path.cwd() / ".train"
+    work = root / slug
+    if not resume and work.exists():
+        for path in work.iterdir():  # rendered scenes are no result: they stay
+            if path.name != "scenes":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    output = output or work / "out"
+    shipped = store.find(recipe.ships) if resume else None
+    world = (threads or min(2, os.cpu_count() or 1)) if device == "cpu" else 1
+    options = {
+        "name": name,
+        "work": work,
+        "output": output,
+        "shipped": shipped,
+        "device": device,
+        "minutes": minutes or recipe.minutes,
+        "resume": resume,
+        "world": world,
+    }
+    if world == 1:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        recipe.run(Run(**options, report=report))
+        return output
+    import torch.multiprocessing as mp
+
+    rendezvous = work / f".rendezvous.{os.getpid()}"
+    try:
+        mp.start_processes(_process, (options, str(rendezvous)), nprocs=world, start_method="spawn")
+    finally:
+        rendezvous.unlink(missing_ok=True)
+    return output
+
+
+def _process(rank: int, options: dict[str, Any], rendezvous: str) -> None:
+    import sys
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=options["world"]
+    )
+
+    def report(text: str) -> None:
+        if rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    try:
+        RECIPES[options["name"]].run(Run(**options, rank=rank, report=report))
+    finally:
+        dist.destroy_process_group()
