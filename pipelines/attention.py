@@ -1,8 +1,9 @@
 """Attention functions: the table, and how a model is given one.
 
-A function takes queries (B, H, N, K), keys and values (B, H, L, K) and a mask that broadcasts to (B, H, N, L),
-True where a query may look, or None. It returns (B, H, N, K). `math` is the twin the others are tested against.
-The choice is stored on the modules, so that no environment variable and no global decides about a picture.
+A function takes queries (B, H, N, K), keys and values (B, H, L, K) and a mask that broadcasts to (B, H, N,
+L), True where a query may look, or None. It returns (B, H, N, K). `math` is the twin the others are tested
+against. The choice is stored on the modules, so that no environment variable and no global decides about a
+picture.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ ATTENTION = {
 
 
 def set_attention(model: nn.Module, name: str = "auto") -> str:
-    """Give every attention layer of the model this function; `auto` takes the table's first that can run here.
+    """Give every attention layer of the model this function; `auto` takes the first that can run here.
 
-    Returns the name chosen. Raises ValueError for an unknown name, one that cannot run here, or a model that has
-    no attention to set.
+    Returns the name chosen. Raises ValueError for an unknown name, one that cannot run here, or a model that
+    has no attention to set.
     """
     if name == "auto":
         name = next(key for key, row in ATTENTION.items() if row.missing() is None)

@@ -1,8 +1,8 @@
 """The parts of a pipeline folder: which class reads which, and reading them.
 
-Parts named in `model_index.json` are looked up in a table, so a folder cannot name code to run. Where a part has
-a class of ours and one of the libraries', ours is taken when it covers the configuration: it computes the same
-numbers (tests compare them) and saves importing the library, which takes longer than a small picture.
+Parts named in `model_index.json` are looked up in a table, so a folder cannot name code to run. Where a part
+has a class of ours and one of the libraries', ours is taken when it covers the configuration: it computes the
+same numbers (tests compare them) and saves importing the library, which takes longer than a small picture.
 """
 
 from __future__ import annotations
@@ -48,12 +48,16 @@ _PIXART = Part(ours="pipelines.models.pixart:PixArtTransformer2DModel")
 PARTS: Mapping[str, Part] = {
     "PixArtTransformer2DModel": _PIXART,
     "Transformer2DModel": _PIXART,  # what it was called when the checkpoints were published
-    "AutoencoderKL": Part(ours="pipelines.models.autoencoder:AutoencoderKL", theirs="diffusers:AutoencoderKL"),
+    "AutoencoderKL": Part(
+        ours="pipelines.models.autoencoder:AutoencoderKL", theirs="diffusers:AutoencoderKL"
+    ),
     "T5EncoderModel": Part(ours="pipelines.models.t5:T5EncoderModel", theirs="transformers:T5EncoderModel"),
     "T5Tokenizer": _TOKENIZER,
     "T5TokenizerFast": _TOKENIZER,
     "PreTrainedTokenizerFast": _TOKENIZER,
-    "DPMSolverMultistepScheduler": _scheduler("DPMSolverMultistepScheduler", "pipelines.dpm_solver:DPMSolver"),
+    "DPMSolverMultistepScheduler": _scheduler(
+        "DPMSolverMultistepScheduler", "pipelines.dpm_solver:DPMSolver"
+    ),
     **{
         name: _scheduler(name)
         for name in (

@@ -1,12 +1,12 @@
 """PixArt-Sigma: words to a picture. Chen et al. 2024, arXiv:2403.04692.
 
-The pipeline reads and writes ordinary diffusers folders, takes the arguments of diffusers' `PixArtSigmaPipeline`
-and draws the same pictures. Three things differ, on purpose:
+The pipeline reads and writes ordinary diffusers folders, takes the arguments of diffusers'
+`PixArtSigmaPipeline` and draws the same pictures. Three things differ, on purpose:
 
 - `denoise` is a generator that yields after each step. Leaving the loop, or `close()`, cancels the picture.
 - A prompt is encoded at its real length. diffusers pads to 300 tokens and masks them, to the same effect.
-- Noise is drawn in float32 on the generator's device, so that a CPU seed means one picture on every device and
-  in every dtype; diffusers draws it in the dtype of the text encoder.
+- Noise is drawn in float32 on the generator's device, so that a CPU seed means one picture on every device
+  and in every dtype; diffusers draws it in the dtype of the text encoder.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -83,8 +84,8 @@ class PixArtSigmaPipeline:
     ) -> Self:
         """Read a diffusers folder.
 
-        Raises ValueError naming the file: parts missing, another family, keys or tensors that do not fit, numbers
-        that are not finite.
+        Raises ValueError naming the file: parts missing, another family, keys or tensors that do not fit,
+        numbers that are not finite.
         """
         folder = Path(folder)
         classes = components.read_index(folder, "PixArtSigmaPipeline", cls.parts)
@@ -218,7 +219,12 @@ class PixArtSigmaPipeline:
         # 2. Words to text states, the unconditional half first
         guided = guidance_scale > 1.0
         captions, mask = self._captions(
-            prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt, clean_caption, max_sequence_length
+            prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            num_images_per_prompt,
+            clean_caption,
+            max_sequence_length,
         )
         if guided:
             negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
@@ -263,11 +269,13 @@ class PixArtSigmaPipeline:
                 return
 
     def predictor(self, text: Any, modulation: Any, guidance_scale: float) -> Predict:
-        """The function a step calls: latents to the guided prediction, float32. Caches wrap this, one per run."""
+        """The function a step calls: latents to the guided prediction, float32. Caches wrap it, one per run."""
         transformer, channels = self.transformer, self.transformer.config.in_channels
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
-            predicted = transformer(latents.to(transformer.dtype), text=text, modulation=modulation.at(index)).sample
+            predicted = transformer(
+                latents.to(transformer.dtype), text=text, modulation=modulation.at(index)
+            ).sample
             if transformer.out_channels == 2 * channels:  # the other half is the learned variance
                 predicted = predicted[:, :channels]
             predicted = predicted.float()
@@ -318,16 +326,22 @@ class PixArtSigmaPipeline:
         _check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         _check_integer("max_sequence_length", max_sequence_length, 1, 10_000)
         if timesteps is not None and (
-            not timesteps or any(later >= earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False))
+            not timesteps or any(later >= earlier for earlier, later in pairwise(timesteps))
         ):
             raise ValueError("timesteps must be descending")
-        if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale) or guidance_scale < 0:
+        if (
+            not isinstance(guidance_scale, int | float)
+            or not math.isfinite(guidance_scale)
+            or guidance_scale < 0
+        ):
             raise ValueError(f"guidance_scale must be a number of 0 or more, not {guidance_scale!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
-            raise ValueError(f"callbacks can be given latents and prompt_embeds, not {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"callbacks can be given latents and prompt_embeds, not {', '.join(sorted(unknown))}"
+            )
         self._check_size("height", height, use_resolution_binning)
         self._check_size("width", width, use_resolution_binning)
         batch = prompts * num_images_per_prompt
@@ -339,7 +353,9 @@ class PixArtSigmaPipeline:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
 
-    def drawn_size(self, height: int | None, width: int | None, use_resolution_binning: bool) -> tuple[int, int]:
+    def drawn_size(
+        self, height: int | None, width: int | None, use_resolution_binning: bool
+    ) -> tuple[int, int]:
         """(height, width) in pixels at which the network draws: the nearest bin, where its size has bins."""
         height, width = height or self.native_size, width or self.native_size
         if use_resolution_binning and self.native_size in BINS:
@@ -359,8 +375,12 @@ class PixArtSigmaPipeline:
         for text in prompts:
             cleaned = _clean(text) if clean_caption else text.lower().strip()
             ids = self.tokenizer(cleaned, truncation=True, max_length=max_sequence_length).input_ids
-            if len(ids) == max_sequence_length and len(self.tokenizer(cleaned, verbose=False).input_ids) > len(ids):
-                log.warning("the model reads %d tokens; the end of the prompt is cut off", max_sequence_length)
+            if len(ids) == max_sequence_length and len(
+                self.tokenizer(cleaned, verbose=False).input_ids
+            ) > len(ids):
+                log.warning(
+                    "the model reads %d tokens; the end of the prompt is cut off", max_sequence_length
+                )
             ids_1L = torch.tensor([ids], device=self.text_encoder.device)
             rows.append(self.text_encoder(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L))[0][0])
         return _pad(rows)
@@ -378,7 +398,9 @@ class PixArtSigmaPipeline:
         if generator is None or isinstance(generator, torch.Generator):
             source = "cpu" if generator is None else generator.device
             return torch.randn((batch, *shape), generator=generator, device=source)
-        drawn = [torch.randn((1, *shape), generator=one, device=one.device).to(self.device) for one in generator]
+        drawn = [
+            torch.randn((1, *shape), generator=one, device=one.device).to(self.device) for one in generator
+        ]
         return torch.cat(drawn)
 
     def micro_conditions(self, height: int, width: int) -> dict[str, Tensor]:
@@ -413,7 +435,8 @@ class PixArtSigmaPipeline:
     def preview(self, latents: Tensor) -> Image:
         """A rough picture of the first latents, at full size, for much less than a step: no decoder.
 
-        Colours are a linear function of the latent channels, fitted once to how the encoder sees a colour chart.
+        Colours are a linear function of the latent channels, fitted once to how the encoder sees a colour
+        chart.
         """
         if self._preview_map is None:
             self._preview_map = self._fit_preview()
@@ -458,7 +481,7 @@ class PixArtSigmaPipeline:
 
     def _fit_preview(self) -> Tensor:
         """(C + 1, 3): latent channels and a constant to red, green and blue in -1..1, by least squares."""
-        cells, side = 16, self.vae_scale_factor
+        cells, side = 8, self.vae_scale_factor
         draw = torch.Generator().manual_seed(0)
         levels = torch.rand(1, 3, cells, cells, generator=draw) * 2 - 1
         levels[..., cells // 2 :] = levels[..., cells // 2 :].mean(dim=1, keepdim=True)  # half of it grey
@@ -529,7 +552,7 @@ def _pad_mask(mask: Tensor, length: int) -> Tensor:
 
 
 def _clean(text: str) -> str:
-    """diffusers' cleaning of captions collected from the web, twice as it does it. Imports diffusers: seconds."""
+    """diffusers' cleaning of captions from the web, twice as it does it. Imports diffusers: seconds."""
     from diffusers import PixArtSigmaPipeline as Theirs
     from diffusers.utils import is_bs4_available, is_ftfy_available
 

@@ -1,7 +1,7 @@
 """Words to token ids, from a `tokenizer.json`.
 
-This is the file that transformers' tokenizers read as well, and the same library does the work; only the import
-of transformers is spared. Folders with no such file (`spiece.model` alone) need transformers' class.
+This is the file that transformers' tokenizers read as well, and the same library does the work; only the
+import of transformers is spared. Folders with no such file (`spiece.model` alone) need transformers' class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from typing import Any, NamedTuple, Self
 
 from pipelines.models.network import read_json
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "added_tokens.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "added_tokens.json",
+)
 
 
 class Encoding(NamedTuple):
@@ -38,7 +44,9 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         # Our own copy of the files: the folder may be gone when the pipeline is saved.
-        self._files = {name: (self.folder / name).read_bytes() for name in FILES if (self.folder / name).exists()}
+        self._files = {
+            name: (self.folder / name).read_bytes() for name in FILES if (self.folder / name).exists()
+        }
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:

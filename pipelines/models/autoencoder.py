@@ -1,8 +1,9 @@
 """AutoencoderKL: pictures to latents and back. Rombach et al. 2021, arXiv:2112.10752.
 
-Keys and configuration are those of diffusers' `AutoencoderKL`, and the numbers agree with it. It is here because
-importing diffusers' takes longer than drawing with the small weights; `supports` says which configurations it
-covers (all published PixArt, DiT and SDXL ones), and the pipeline takes diffusers' class for the others.
+Keys and configuration are those of diffusers' `AutoencoderKL`, and the numbers agree with it. It is here
+because importing diffusers' takes longer than drawing with the small weights; `supports` says which
+configurations it covers (all published PixArt, DiT and SDXL ones), and the pipeline takes diffusers' class
+for the others.
 
 Shapes: B batch, C channels, Y X rows and columns, N = Y * X.
 """
@@ -48,7 +49,10 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.act_fn != "silu":
             raise ValueError(f"act_fn must be 'silu', not {self.act_fn!r}")
-        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for name, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
             if tuple(getattr(self, name)) != (kind,) * len(self.block_out_channels):
                 raise ValueError(f"{name} must be {kind} for each of block_out_channels")
 
@@ -209,7 +213,13 @@ class AutoencoderKL(Network):
     config: AutoencoderConfig
     config_class = AutoencoderConfig
     header: ClassVar[Mapping[str, Any]] = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.42.1"}
-    required = ("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "scaling_factor")
+    required = (
+        "block_out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "scaling_factor",
+    )
 
     def __init__(self, config: AutoencoderConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)

@@ -25,8 +25,9 @@ def time_features(values_B: Tensor) -> Tensor:
 def position_table(rows: int, columns: int, width: int, base: int, scale: float) -> Tensor:
     """(rows * columns, width) float32 sine-cosine table; the first half of the width codes the column.
 
-    `base` is the number of tokens per side of the native picture and `scale` the interpolation scale: a picture
-    of any size spans the same coordinates. Coordinates are rounded to float32, as in the published code.
+    `base` is the number of tokens per side of the native picture and `scale` the interpolation scale: a
+    picture of any size spans the same coordinates. Coordinates are rounded to float32, as in the published
+    code.
     """
 
     def coordinates(count: int) -> Tensor:

@@ -1,8 +1,9 @@
 """The base of our networks: a configuration, and folders that diffusers and transformers read and write too.
 
-Why not their base classes: importing diffusers' ModelMixin takes several times as long as importing torch, and
-a picture from the small weights would mostly be waiting for imports. The folders are the same: `config.json` and
-safetensors, in one file or in shards with an index. Only safetensors are read, never pickles.
+Why not their base classes: importing diffusers' ModelMixin takes several times as long as importing torch,
+and a picture from the small weights would mostly be waiting for imports. The folders are the same:
+`config.json` and safetensors, in one file or in shards with an index. Only safetensors are read, never
+pickles.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Network(nn.Module):
     weights_name: ClassVar[str] = "diffusion_pytorch_model.safetensors"
     header: ClassVar[Mapping[str, Any]]  # entries of config.json by which the libraries know the class
     required: ClassVar[tuple[str, ...]] = ()  # keys without which the shapes would be guessed
-    ignored: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # keys of older configurations: values meaning "off"
+    ignored: ClassVar[
+        Mapping[str, tuple[Any, ...]]
+    ] = {}  # keys of older configurations: values meaning "off"
     takes_unknown_keys: ClassVar[bool] = False
 
     def __init__(self, config: Config = None, **options: Any) -> None:
@@ -44,7 +47,7 @@ class Network(nn.Module):
 
     @classmethod
     def read_config(cls, folder: Path | str) -> Config:
-        """The configuration in the folder. Raises ValueError naming what is missing, unknown or unsupported."""
+        """The configuration in the folder. Raises ValueError naming what does not fit."""
         path = Path(folder) / "config.json"
         entries = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
         lacking = [key for key in cls.required if key not in entries]
@@ -72,7 +75,8 @@ class Network(nn.Module):
     ) -> Self:
         """Read configuration and weights, ready for inference.
 
-        Raises ValueError: files missing or unreadable, keys or shapes that do not fit, numbers that are not finite.
+        Raises ValueError: files missing or unreadable, keys or shapes that do not fit, numbers that are not
+        finite.
         """
         folder = Path(folder)
         config = cls.read_config(folder)
@@ -95,6 +99,8 @@ class Network(nn.Module):
         (folder / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         save_file(state, folder / self.weights_name, metadata={"format": "pt"})
+        # safetensors makes it readable by its owner only, whatever the umask says
+        (folder / self.weights_name).chmod((folder / "config.json").stat().st_mode)
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Bring keys of older files to today's names."""
@@ -127,7 +133,11 @@ class Network(nn.Module):
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out `torch.nn.init`. On the meta device its normal_ would import torch's whole compiler: seconds."""
+    """Leaves out `torch.nn.init`.
+
+    On the meta device even a division imports torch's compiler, which takes seconds, so constructors of
+    networks get all their numbers from `torch.nn.init`.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,12 +1,13 @@
 """PixArt-alpha and PixArt-Sigma: a diffusion transformer for text. arXiv:2310.00426, arXiv:2403.04692.
 
-State-dict keys and configuration are those of diffusers' `PixArtTransformer2DModel`, so that its checkpoints load
-unchanged, and the numbers agree with it. What does not change between the steps of one picture can be computed
-once and handed in: `text_states` (caption projection, keys and values of every block's cross-attention),
-`modulation` (the adaLN tables of all steps) and the position table, which the model keeps per size.
+State-dict keys and configuration are those of diffusers' `PixArtTransformer2DModel`, so that its checkpoints
+load unchanged, and the numbers agree with it. What does not change between the steps of one picture can be
+computed once and handed in: `text_states` (caption projection, keys and values of every block's
+cross-attention), `modulation` (the adaLN tables of all steps) and the position table, which the model keeps
+per size.
 
-Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head width, C channels, Y X latent rows and
-columns, S timesteps in one table, E blocks.
+Shapes: B batch, N image tokens, L text tokens, D width, H heads, K head width, C channels, Y X latent rows
+and columns, S timesteps in one table, E blocks.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class PixArtConfig:
             raise ValueError(f"the width {self.width} (heads x head size) must be divisible by 4")
         if self.caption_channels is not None and self.cross_attention_dim != self.width:
             raise ValueError(
-                f"cross_attention_dim is {self.cross_attention_dim}, but captions are projected to {self.width}"
+                f"cross_attention_dim is {self.cross_attention_dim}, captions are projected to {self.width}"
             )
 
     @property
@@ -76,7 +77,9 @@ class PixArtConfig:
 
     @property
     def scale(self) -> float:
-        return max(self.sample_size // 64, 1) if self.interpolation_scale is None else self.interpolation_scale
+        return (
+            max(self.sample_size // 64, 1) if self.interpolation_scale is None else self.interpolation_scale
+        )
 
     @property
     def micro_conditions(self) -> bool:
@@ -106,7 +109,7 @@ class TextStates:
 
 @dataclass(frozen=True)
 class Modulation:
-    """adaLN tables of S timesteps: shift, scale + 1 and gate of attention and of the feed-forward, per block."""
+    """adaLN tables of S timesteps: per block shift, 1 + scale and gate, for attention and feed-forward."""
 
     blocks_ES6D: Tensor
     final_S2D: Tensor
@@ -178,7 +181,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-single (section 2.3 of the first paper): every block shares one modulation, plus its own offsets."""
+    """adaLN-single (section 2.3 of the first paper): one modulation for all blocks, plus own offsets."""
 
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
@@ -190,7 +193,7 @@ class Block(nn.Module):
         self.attn2 = Attention(width, context, heads, config.attention_bias, dropout)
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
         self.ff = FeedForward(width, dropout)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, width), std=width**-0.5))
 
     def attend_image(self, x_BND: Tensor, table_B6D: Tensor) -> Tensor:
         shift, scale, gate = table_B6D[:, :3, None].unbind(1)
@@ -239,7 +242,9 @@ class Conditions(nn.Module):
             return vector_SD
         resolution, aspect_ratio = added.get("resolution"), added.get("aspect_ratio")
         if resolution is None or aspect_ratio is None:
-            raise ValueError("this model needs added_cond_kwargs with resolution (B, 2) and aspect_ratio (B, 1)")
+            raise ValueError(
+                "this model needs added_cond_kwargs with resolution (B, 2) and aspect_ratio (B, 1)"
+            )
         rows = resolution.shape[0]
         size = self.resolution_embedder(time_features(resolution.flatten()).to(dtype)).reshape(rows, -1)
         ratio = self.aspect_ratio_embedder(time_features(aspect_ratio.flatten()).to(dtype)).reshape(rows, -1)
@@ -298,7 +303,7 @@ class PixArtTransformer2DModel(Network):
         self.pos_embed = PatchEmbed(config.in_channels, width, config.patch_size)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, width), std=width**-0.5))
         self.proj_out = nn.Linear(width, config.patch_size**2 * self.out_channels)
         self.adaln_single = AdaLNSingle(width, config.micro_conditions)
         self.caption_projection = (
@@ -315,9 +320,10 @@ class PixArtTransformer2DModel(Network):
     ) -> TextStates:
         """Caption projection and every block's cross-attention keys and values: once per picture.
 
-        `trim` cuts padding off, which weighs exactly nothing. Rows with one token, the empty prompt above all,
-        become constants: the softmax over one key is 1, so the output is that token's value, whatever the query.
-        Trimming looks at the mask's numbers; without it nothing leaves the device, and every row needs a token.
+        `trim` cuts padding off, which weighs exactly nothing. Rows with one token, the empty prompt above
+        all, become constants: the softmax over one key is 1, so the output is that token's value, whatever
+        the query. Trimming looks at the mask's numbers; without it nothing leaves the device, and every row
+        needs a token.
 
         Raises ValueError for a mask of another shape or, when trimming, a row without a real token.
         """
@@ -363,7 +369,8 @@ class PixArtTransformer2DModel(Network):
     def modulation(
         self,
         timesteps: Tensor,  # (S,): a batch's timesteps, or all steps of a schedule
-        added_cond_kwargs: Mapping[str, Tensor | None] | None = None,  # resolution (1 or S, 2), aspect_ratio (.., 1)
+        added_cond_kwargs: Mapping[str, Tensor | None]
+        | None = None,  # resolution (1 or S, 2), aspect_ratio (.., 1)
     ) -> Modulation:
         """The adaLN tables of these timesteps; `at(i)` is the one of step i."""
         vector_SD = self.adaln_single.emb(timesteps, added_cond_kwargs or {})

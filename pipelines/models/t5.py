@@ -1,4 +1,4 @@
-"""The encoder of T5 1.1: words to vectors. Raffel et al. 2019, arXiv:1910.10683; Shazeer 2020, arXiv:2002.05202.
+"""The encoder of T5 1.1: words to vectors. Raffel et al. 2019, arXiv:1910.10683.
 
 Keys and configuration are those of transformers' `T5EncoderModel`, and the numbers agree with it. It is here
 because importing transformers takes longer than drawing with the small weights; `supports` says which
@@ -76,7 +76,9 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias:  # the first block's serves all
-            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+            self.relative_attention_bias = nn.Embedding(
+                config.relative_attention_num_buckets, config.num_heads
+            )
 
     def forward(self, x_BLD: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (

@@ -1,0 +1,101 @@
+"""What tests share: a user folder of their own, no network, and a tiny model of the real classes.
+
+torch is imported inside the fixtures, so that tests of the command line can prove it is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORDS = """
+    a an the and or of in on to is left right front behind top under above below with two three one
+    red green blue yellow orange purple pink cyan white black gray grey brown cube sphere cylinder cone
+    torus pyramid capsule prism ball ring small medium large tiny big matte shiny metal rubber glossy
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's folder or the network."""
+    monkeypatch.setenv("GEN_HOME", str(tmp_path / "gen-home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of the embedded weights' form, smaller and with random numbers: 128 pixels, 5 parts.
+
+    Copy it before changing it: it is shared by the whole session.
+    """
+    import torch
+
+    from pipelines.dpm_solver import DPMSolver
+    from pipelines.models.autoencoder import AutoencoderKL
+    from pipelines.models.pixart import PixArtTransformer2DModel
+    from pipelines.models.t5 import T5EncoderModel
+    from pipelines.pixart_sigma import PixArtSigmaPipeline
+    from pipelines.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("toy") / "pixart-sigma"
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = PixArtSigmaPipeline(
+            tokenizer,
+            T5EncoderModel(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+            AutoencoderKL(
+                block_out_channels=(8, 8, 16, 16),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                norm_num_groups=4,
+                sample_size=128,
+                scaling_factor=0.5,
+            ),
+            PixArtTransformer2DModel(
+                sample_size=16,
+                num_layers=2,
+                num_attention_heads=2,
+                attention_head_dim=24,
+                cross_attention_dim=48,
+                caption_channels=32,
+                use_additional_conditions=False,
+            ),
+            DPMSolver(prediction_type="v_prediction"),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A T5 tokenizer of whole words and letters; the empty prompt is one token, the end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    specials = ["<pad>", "</s>", "<unk>"]
+    pieces = [(piece, 0.0) for piece in specials] + [(f"▁{word}", -3.0) for word in WORDS]
+    pieces += [(letter, -8.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789.,-'"]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    spaces = {"replacement": "▁", "prepend_scheme": "always"}
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces, split=True)]
+    )
+    backend.decoder = decoders.Metaspace(**spaces)
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    backend.add_special_tokens(specials)
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "backend": "tokenizers",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+        "model_max_length": 300,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
