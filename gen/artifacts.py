@@ -30,11 +30,10 @@ SPARE = 2**20  # bytes that must stay free beside the picture: rows, journal, lo
 
 
 def prepare(output: Path | None, pictures: int, pixels: int) -> Path:
-    """Make the output folder and prove that files can be made in it, before any work is done. Returns the
-    folder.
+    """Make the output folder, prove that files and rows can be written, and return the folder.
 
-    `output` is a folder, or for one picture the file's own path ending in .png. Raises bad_input,
-    output_not_writable, disk_full.
+    Called before any work is done. `output` is a folder, or for one picture the file's own path ending in
+    .png. Raises bad_input, output_not_writable, disk_full.
     """
     folder = output or library.outputs()
     if names_file(output):
@@ -49,6 +48,7 @@ def prepare(output: Path | None, pictures: int, pixels: int) -> Path:
         if output.exists():
             raise _exists(output)
     folder = folder.expanduser().absolute()
+    library.prepare()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f".gen-{library.new_id()}.part"
@@ -139,7 +139,7 @@ def _move(part: Path, path: Path, fields: dict[str, Any], fixed: bool) -> librar
     except (
         BaseException
     ):  # Ctrl-C too; it may also come just after the commit, and then both are there and stay
-        if moved is not None and not library.has(fields["id"]):
+        if moved is not None and not library.holds(moved):
             moved.unlink(missing_ok=True)
         raise
 

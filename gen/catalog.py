@@ -195,11 +195,12 @@ def installed(row: Model) -> list[str]:
 
 def not_taken(row: Model, name: str) -> GenError:
     """The error for an option that this model does not have; names the models that do."""
+    name = str(name)[:60]  # a stranger's JSON may hold anything
     names = [one.name for one in row.inputs]
     takers = [other.name for other in MODELS.values() if name in (one.name for one in other.inputs)]
     hint = (
         f"Models that take it: {', '.join(takers)}."
         if takers
-        else did_you_mean(name[:60], names) or f"It takes {', '.join(names)}."
+        else did_you_mean(name, names) or f"It takes {', '.join(names)}."
     )
-    return GenError(f"{row.name} takes no option '{name[:60]}'.", hint, "unknown_option")
+    return GenError(f"{row.name} takes no option '{name}'.", hint, "unknown_option")

@@ -102,6 +102,13 @@ def new_id() -> str:
     return secrets.token_hex(6)
 
 
+def prepare() -> None:
+    """Prove that rows can be written, before any work is done. Raises output_not_writable, disk_full,
+    failed."""
+    with _open() as db, _transaction(db):
+        pass
+
+
 @contextmanager
 def adding() -> Iterator[Callable[[Entry], None]]:
     """`with adding() as add:` put the file in its place, then add(entry). When the body fails there is no
@@ -121,9 +128,9 @@ def adding() -> Iterator[Callable[[Entry], None]]:
         yield add
 
 
-def has(id: str) -> bool:
-    """Whether there is a row of this id."""
-    return bool(_select("WHERE id = ?", (id,)))
+def holds(path: Path) -> bool:
+    """Whether there is a row for this file."""
+    return bool(_select("WHERE path = ?", (_stored(path),)))
 
 
 def get(id: str) -> Entry:

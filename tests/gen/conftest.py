@@ -1,0 +1,40 @@
+"""Small real weights that the engine finds as pixart-sigma:toy, and short ways to draw with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gen import engine
+from gen.request import Request, Result, Settings
+
+
+@pytest.fixture(scope="session")
+def weights_root(tiny_toy_folder, tmp_path_factory) -> Path:
+    """What GEN_WEIGHTS_DIR may name: a folder with toy/pixart-sigma in it."""
+    root = tmp_path_factory.mktemp("weights")
+    (root / "toy").mkdir()
+    (root / "toy" / "pixart-sigma").symlink_to(tiny_toy_folder)
+    return root
+
+
+@pytest.fixture
+def installed(weights_root, tmp_path, monkeypatch) -> Path:
+    """pixart-sigma:toy is on this machine, nothing else is, and no gen.toml of the user is in the way."""
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(weights_root))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-hub"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
+    return weights_root
+
+
+@pytest.fixture
+def draw(installed):
+    """draw("a red cube", seed=1) -> the list of results, in two steps at 64 pixels unless told otherwise."""
+
+    def draw(prompt: str = "a red cube", settings: Settings | None = None, **values) -> list[Result]:
+        values = {"steps": 2, "width": 64, "height": 64, "seed": 1, "prompt": prompt} | values
+        events = [*engine.run(Request.build("pixart-sigma:toy", values), settings)]
+        return [*events[-1].results]
+
+    return draw

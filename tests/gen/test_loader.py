@@ -1,0 +1,127 @@
+import shutil
+import threading
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from gen import loader
+from gen.catalog import MODELS
+from gen.errors import GenError
+from gen.request import Settings
+
+ROW = MODELS["pixart-sigma"]
+NETWORK = "transformer/diffusion_pytorch_model.safetensors"
+CPU = Settings(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def empty():
+    loader.forget()
+    yield
+    loader.forget()
+
+
+@pytest.fixture
+def folder(tiny_toy_folder, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(tiny_toy_folder, tmp_path / "copy")
+
+
+def test_a_pipeline_is_loaded_once(tiny_toy_folder):
+    loaded = loader.load(ROW, tiny_toy_folder, CPU)
+    assert (loaded.device, loaded.dtype) == ("cpu", "float32")
+    assert loader.load(ROW, tiny_toy_folder, CPU) is loaded
+
+
+def test_the_same_bytes_elsewhere_are_the_same_pipeline(tiny_toy_folder, folder):
+    assert loader.load(ROW, folder, CPU) is loader.load(ROW, tiny_toy_folder, CPU)
+
+
+def test_other_settings_are_another_pipeline(tiny_toy_folder):
+    import torch
+
+    plain = loader.load(ROW, tiny_toy_folder, CPU)
+    half = loader.load(ROW, tiny_toy_folder, Settings(device="cpu", dtype="bfloat16", attention="math"))
+    assert half is not plain
+    assert half.pipeline.transformer.dtype == torch.bfloat16
+    assert half.attention == "math"
+    assert half.bytes * 2 == plain.bytes
+
+
+def test_changed_weights_are_loaded_again(folder):
+    before = loader.load(ROW, folder, CPU)
+    tensors = load_file(folder / NETWORK)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, folder / NETWORK, metadata={"format": "pt"})
+    after = loader.load(ROW, folder, CPU)
+    assert after.fingerprint != before.fingerprint
+    assert (after.pipeline.transformer.state_dict()[name] == tensors[name]).all()
+
+
+def test_only_what_fits_in_memory_is_kept(tiny_toy_folder, monkeypatch):
+    first = loader.load(ROW, tiny_toy_folder, CPU)
+    monkeypatch.setattr(loader, "memory", lambda device: 2 * first.bytes)  # room for one, as half is used
+    second = loader.load(ROW, tiny_toy_folder, Settings(device="cpu", attention="math"))
+    assert loader.load(ROW, tiny_toy_folder, Settings(device="cpu", attention="math")) is second
+    assert loader.load(ROW, tiny_toy_folder, CPU) is not first
+
+
+def test_memory_is_that_of_the_machine():
+    assert loader.memory("cpu") > 2**28
+
+
+def test_threads_share_one_load(tiny_toy_folder):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(loader.load(ROW, tiny_toy_folder, CPU)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len({id(one) for one in found}) == 1
+
+
+def test_damaged_weights_are_named_and_nothing_is_kept(folder):
+    (folder / NETWORK).write_bytes((folder / NETWORK).read_bytes()[:-1])
+    with pytest.raises(GenError, match="diffusion_pytorch_model") as caught:
+        loader.load(ROW, folder, CPU)
+    assert caught.value.code == "corrupt_weights"
+    assert not loader._kept
+
+
+def test_parts_that_do_not_fit_together_are_corrupt_weights(folder):
+    tensors = load_file(folder / NETWORK)
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, folder / NETWORK, metadata={"format": "pt"})
+    with pytest.raises(GenError) as caught:
+        loader.load(ROW, folder, CPU)
+    assert caught.value.code == "corrupt_weights"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(device="mps"), Settings(device="cpu", attention="magic")],
+    ids=["device", "attention"],
+)
+def test_settings_this_machine_cannot_follow_are_bad_input(tiny_toy_folder, settings):
+    with pytest.raises(GenError) as caught:
+        loader.load(ROW, tiny_toy_folder, settings)
+    assert caught.value.code == "bad_input"
+    assert caught.value.hint
+
+
+def test_a_missing_package_is_told_with_the_way_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "needy_pipeline.py").write_text("import a_package_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(GenError, match="a_package_that_nobody_has") as caught:
+        loader.resolve("needy_pipeline:Pipeline")
+    assert caught.value.code == "not_installed"
+
+
+def test_a_missing_module_of_ours_stays_a_bug():
+    with pytest.raises(ModuleNotFoundError):
+        loader.resolve("pipelines.no_such_file:Pipeline")
