@@ -31,11 +31,11 @@ $(STAMP): requirements.txt pyproject.toml
 	  || { echo "Python 3.11 or newer is needed; '$(PYTHON)' is not. Try: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing requirements.txt (the first time takes a few minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt
 	@# Compiled here on all cores, which pip would do on one. Some packages ship files for other Pythons:
 	@# those do not compile, nobody imports them, and so the exit code says nothing.
 	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "ready: $(BIN)/gen --help"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,3 +110,10 @@ def test_what_the_code_imports_is_declared():
         if not {canonicalize_name(name) for name in providers.get(module, [module])} & (declared | optional)
     }
     assert not undeclared
+
+
+def test_every_pin_runs_on_every_python_that_the_packaging_admits():
+    """soupsieve 4.1 asks for 3.11.5, for instance, and Debian 12 has 3.11.2."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    asked = {name: importlib.metadata.metadata(name).get("Requires-Python", "") for name in pins()}
+    assert {name: wanted for name, wanted in asked.items() if oldest not in SpecifierSet(wanted)} == {}
