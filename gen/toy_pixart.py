@@ -48,7 +48,7 @@ def vocabulary() -> list[tuple[str, float]]:
     text += (
         " "
         + " ".join(toy_world.OPENINGS)
-        + " a an the one that is on against background ground floor with and"
+        + " a an the one it that is on against background ground floor with and"
     )
     for mark in ("{a}", "{b}", "{c}", "{b2}", ","):
         text = text.replace(mark, " ")
@@ -400,11 +400,12 @@ class _WithProbe(nn.Module):
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self.probe = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(SHAPES) + 1 + len(COLOURS) + 1))
         self.tokens: torch.Tensor | None = None
-        transformer.transformer_blocks[block].register_forward_hook(self._keep)
+        # what enters the next block's first norm is what this block leaves
+        transformer.transformer_blocks[block + 1].norm1.register_forward_pre_hook(self._keep)
 
-    def _keep(self, _: nn.Module, __: tuple, tokens: torch.Tensor) -> None:
+    def _keep(self, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if self.training:
-            self.tokens = tokens
+            self.tokens = inputs[0]
 
 
 class TransformerTask:

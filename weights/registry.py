@@ -39,6 +39,27 @@ TOY = Checkpoint(
     recipe="pixart-sigma:toy",
 )
 
+JUDGE = Checkpoint(
+    key="judge-toy",
+    summary="Embedded: reads shape, colour, size, material and place back from toy pictures",
+    licence="Apache-2.0",
+    native_size=128,
+    size_multiple=128,
+    smallest=128,
+    largest=128,
+    folder="toy/judge",
+    is_toy=True,
+    recipe="judge:toy",
+)
+
+JUDGE = replace(
+    TOY,
+    key="judge-toy",
+    summary="Embedded: reads shape, colour, size, material and position back from toy pictures",
+    folder="toy/judge",
+    recipe="judge:toy",
+)
+
 # Sizes between half and double the native one; the pipeline picks the nearest trained aspect ratio and crops.
 XL_1024 = Checkpoint(
     key="pixart-sigma-xl-1024",
@@ -77,4 +98,5 @@ CHECKPOINTS = index(
     _sized("pixart-sigma-xl-512", "512-MS", 512),
     _sized("pixart-sigma-xl-256", "256x256", 256),
     TOY,
+    JUDGE,
 )
