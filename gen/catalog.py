@@ -17,16 +17,6 @@ from weights import registry, store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expect:
-    """What `gen evaluate` must find for these weights: below `gate` is a failure, `goal` is the aim."""
-
-    weights: str  # the tag
-    metric: str
-    gate: float | None  # None: measured and shown, no failure
-    goal: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Model:
     """One row: a method, the weights it can run with, and the values it takes."""
 
@@ -37,7 +27,6 @@ class Model:
     makes: str  # "image"
     inputs: tuple[Input, ...]  # in the order of the form
     max_tokens: int = 0  # of the prompt; what goes beyond is cut, and said. 0: takes no text
-    expects: tuple[Expect, ...] = ()
 
     def checkpoint(self, tag: str) -> registry.Checkpoint:
         return registry.CHECKPOINTS[self.weights[tag]]
@@ -138,14 +127,6 @@ MODELS = index(
         makes="image",
         inputs=(PROMPT, NEGATIVE_PROMPT, WIDTH, HEIGHT, STEPS, GUIDANCE, SEED, COUNT),
         max_tokens=300,
-        expects=(
-            Expect(weights="toy", metric="autoencoder_psnr", gate=36.0, goal=38.0),  # dB, held-out renders
-            Expect(weights="toy", metric="text_slots", gate=0.99, goal=0.99),
-            Expect(weights="toy", metric="one_object", gate=0.85, goal=0.97),
-            Expect(weights="toy", metric="two_objects", gate=0.50, goal=0.88),
-            Expect(weights="toy", metric="relation", gate=0.45, goal=0.85),
-            Expect(weights="toy", metric="held_out_pairs", gate=None, goal=0.80),
-        ),
     ),
 )
 

@@ -221,13 +221,14 @@ def train(
 @click.option("--prompts", type=click.IntRange(1, 100_000), default=512, show_default=True, help="How many.")
 @click.option("--steps", type=click.IntRange(1, 200), default=20, show_default=True, help="Denoising steps.")
 @DEVICE
+@click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Save a sheet of pictures.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def evaluate(name: str, prompts: int, steps: int, device: str, as_json: bool) -> None:
+def evaluate(name: str, prompts: int, steps: int, device: str, grid: Path | None, as_json: bool) -> None:
     """Measure weights, e.g. pixart-sigma:toy, against what they are expected to reach."""
     from gen import evaluate as evaluation
 
     talk = Progress()
-    table = evaluation.evaluate(name, prompts=prompts, steps=steps, device=device, report=talk.say)
+    table = evaluation.evaluate(name, prompts=prompts, steps=steps, device=device, grid=grid, report=talk.say)
     if as_json:
         printing.ok(table)
     else:

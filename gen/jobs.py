@@ -31,6 +31,7 @@ class _Job:
     created: float
     state: str = "queued"  # queued | running | done | failed | cancelled
     events: list[Event] = field(default_factory=list)
+    previewed: int | None = None  # which event has a preview
     stop: bool = False
 
     @property
@@ -136,9 +137,10 @@ def _failed(error: GenError) -> Event:
 
 def _add(job: _Job, event: Event) -> None:
     with _changed:
-        last = job.events[-1] if job.events else None
-        if last is not None and last.preview is not None:  # memory: one preview per job
-            job.events[-1] = replace(last, preview=None)
+        if event.preview is not None:  # one preview per job, or long jobs would fill the memory
+            if job.previewed is not None:
+                job.events[job.previewed] = replace(job.events[job.previewed], preview=None)
+            job.previewed = len(job.events)
         job.events.append(event)
         _changed.notify_all()
 

@@ -55,13 +55,6 @@ def test_defaults_pass_their_own_check(row, tag):
             assert one.default == row.checkpoint(tag).native_size
 
 
-@ROWS
-def test_expectations_name_weights_of_the_row(row):
-    for expect in row.expects:
-        assert expect.weights in row.weights
-        assert expect.gate is None or expect.gate <= expect.goal
-
-
 def test_a_name_that_stands_twice_is_refused():
     row = next(iter(MODELS.values()))
     with pytest.raises(AssertionError, match="same name"):
