@@ -62,9 +62,9 @@ def widget(of: Input, model: str) -> gr.components.Component:
     named: dict[str, Any] = {"label": of.label, "elem_id": f"{model}-{of.name}"}
     if of.kind != "seed":
         return control.widget(**named, **control.arguments(of, of.default))
-    random = gr.Button("Random", size="sm", render=False)
-    made = control.widget(**named, **control.arguments(of, of.default), buttons=[random])
-    random.click(None, None, made, js="() => ''", api_name=False)
+    with gr.Row(elem_classes="with-button"):
+        made = control.widget(**named, **control.arguments(of, of.default))
+        gr.Button("Random", scale=0, min_width=96).click(None, None, made, js="() => ''", api_name=False)
     return made
 
 

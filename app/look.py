@@ -150,26 +150,20 @@ kbd {
 .gradio-container { --groove: #d5dae3; }
 .dark .gradio-container, .gradio-container.dark { --groove: #3a4453; }
 .card .head {
-  display: grid !important; grid-template-columns: 1fr auto; gap: 2px 8px; align-items: center;
+  display: grid !important; grid-template-columns: 1fr auto; gap: 2px 6px !important; align-items: center;
   margin: 0 0 8px !important;
 }
 .card .head label { display: contents; }
 .card .head label > span { margin: 0 !important; }
 .card .head .info-text { grid-column: 1 / -1; grid-row: 2; }
-.card .head .tab-like-container { grid-column: 2; grid-row: 1; }
-.card .head input[type="number"] { width: 64px; text-align: right; font-size: 14px; }
+.card .head .tab-like-container { grid-column: 2; grid-row: 1; height: 28px; margin: 0 !important; }
+.card .head input[type="number"] { width: 62px; min-width: 0; text-align: right; font-size: 14px; }
 .card .info-text { margin: 0; line-height: 1.35; }
 .card input[type="range"]::-webkit-slider-runnable-track { background-color: var(--groove); }
 .card input[type="range"]::-moz-range-track { background-color: var(--groove); }
-.card .block { position: relative; }
-.card .icon-button-wrapper {
-  position: absolute; top: -4px !important; right: 0 !important;
-  background: none; border: 0; box-shadow: none;
-}
-.card .icon-button-wrapper button {
-  font-size: 13px !important; color: var(--link-text-color) !important; text-decoration: underline;
-  background: none !important;
-}
+.with-button { align-items: flex-end !important; gap: 10px !important; flex-wrap: nowrap !important; }
+.with-button > .form { flex: 1 1 auto !important; }
+.with-button button { min-height: 41px !important; font-size: 14px; font-weight: 500; }
 #model .wrap { border: 1px solid var(--input-border-color); border-radius: 8px; }
 #model input { padding: 8px 12px; }
 

@@ -353,10 +353,10 @@ def choices() -> list[tuple[str, str]]:
 
 
 def in_lines(inputs: Iterable[Input]) -> Iterator[list[Input]]:
-    """Lines of the form: texts alone, everything else two by two."""
+    """Lines of the form: what is typed has one to itself, sliders and choices stand two by two."""
     line: list[Input] = []
     for one in inputs:
-        if line and (one.kind == "text" or line[0].kind == "text" or len(line) == 2):
+        if line and (len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed"}):
             yield line
             line = []
         line.append(one)

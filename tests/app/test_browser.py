@@ -1,0 +1,316 @@
+"""The page as a person meets it: headless Chromium, a real server, the real engine, tiny random weights."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+import gen
+from gen import artifacts
+from tests.app.conftest import Server, looking
+
+LONG = {"Steps": 200, "Width": 256, "Height": 256}  # some seconds on one core
+
+
+def fill(page: Page, prompt: str, **numbers: int) -> None:
+    """Write into the form. Numbers by the label of their slider."""
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    for label, value in numbers.items():
+        box = page.get_by_label(f"number input for {label}")
+        box.fill(str(value))
+        box.press("Tab")
+
+
+def generate(page: Page, prompt: str, **numbers: int) -> None:
+    fill(page, prompt, **numbers)
+    page.get_by_role("button", name="Generate").click()
+
+
+def result(page: Page) -> dict[str, int]:
+    """Wait for the picture; return its own size and the size at which it is seen."""
+    expect(page.locator("img.result")).to_be_visible(timeout=60_000)
+    page.wait_for_function("document.querySelector('img.result').complete")
+    return page.locator("img.result").evaluate(
+        "image => ({width: image.naturalWidth, height: image.naturalHeight, seen: image.clientWidth})"
+    )
+
+
+def steps_seen(page: Page) -> list[int]:
+    return [int(found[1]) for said in progress(page) if (found := re.search(r"step (\d+)/", said["text"]))]
+
+
+def progress(page: Page) -> list[dict]:
+    return page.evaluate("window.progress")
+
+
+def wait_for_a_step(page: Page) -> None:
+    page.wait_for_function(
+        "window.progress.some(({text}) => /step [1-9]/.test(text))", timeout=60_000, polling=20
+    )
+
+
+def message(page: Page) -> str:
+    box = page.locator("#message .message")
+    expect(box).to_be_visible()
+    return box.inner_text()
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def test_a_prompt_becomes_a_picture_with_progress_preview_recipe_and_download(page: Page, server: Server):
+    fill(page, "a shiny red cube", Steps=60)
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.get_by_role("button", name="Generate").click()
+    seen = result(page)
+
+    assert (seen["width"], seen["height"]) == (128, 128)
+    assert seen["seen"] > 300, "small pictures are shown enlarged"
+    words = [said["text"] for said in progress(page)]
+    assert any(said.startswith("Loading the model") for said in words), words
+    steps = steps_seen(page)
+    assert len(steps) > 3 and steps == sorted(steps), steps
+    assert any("left" in said for said in words), "no estimate of the time left was shown"
+    assert any(said["preview"] for said in progress(page)), "no preview was shown"
+
+    recipe = page.get_by_role("region", name="Recipe")
+    expect(recipe.get_by_role("row", name="Prompt a shiny red cube")).to_be_visible()
+    expect(recipe.get_by_role("row", name="Seed 7")).to_be_visible()
+    expect(recipe.get_by_role("row", name="Model pixart-sigma:toy TOY")).to_be_visible()
+    expect(page.locator("figcaption .badge")).to_have_text("TOY")
+    recipe.get_by_text("Recipe as JSON").click()
+    raw = json.loads(recipe.locator("pre").inner_text())
+
+    with page.expect_download() as waiting:
+        page.get_by_role("link", name="Download").click()
+    downloaded = Path(waiting.value.path())
+    assert waiting.value.suggested_filename.endswith("-7-a-shiny-red-cube.png")
+    assert artifacts.read_recipe(downloaded) == raw
+    assert downloaded.read_bytes() == server.files[-1].read_bytes()
+
+
+def test_the_page_draws_the_pixels_that_python_draws(
+    page: Page, server: Server, weights_dir: Path, monkeypatch
+):
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(weights_dir))
+    generate(page, "the same from everywhere", Steps=4, Width=96)
+    assert result(page)["width"] == 96
+    from_page = server.files[-1]
+    request = gen.Request.from_json(artifacts.read_recipe(from_page)["request"])
+    (from_python,) = [event.result.path for event in gen.run(request) if event.kind == "result"]
+    assert from_python != from_page
+    np.testing.assert_array_equal(np.asarray(Image.open(from_page)), np.asarray(Image.open(from_python)))
+
+
+def test_several_pictures_come_one_by_one_and_each_can_be_looked_at(page: Page):
+    page.get_by_label("Seed", exact=True).fill("9223372036854775807")
+    generate(page, "a row of pictures", Steps=5, Count=3)
+    result(page)
+    tiles = page.locator("#result .tile")
+    expect(tiles).to_have_count(3)
+    names = [tile.get_attribute("aria-label") for tile in tiles.all()]
+    assert [name.rpartition(" ")[2] for name in names] == ["9223372036854775807", "0", "1"], (
+        "seeds wrap around"
+    )
+    tiles.nth(2).click()
+    expect(page.get_by_role("row", name="Seed 1", exact=True)).to_be_visible()
+    expect(tiles.nth(2)).to_have_attribute("aria-current", "true")
+    assert any("picture 2 of 3" in said["text"] for said in progress(page))
+
+
+def test_stop_takes_effect_at_once_and_leaves_nothing_behind(page: Page, server: Server):
+    before = server.files
+    generate(page, "never finished", **LONG)
+    wait_for_a_step(page)
+    expect(page.get_by_role("button", name="Drawing")).to_be_disabled()
+    started = time.monotonic()
+    page.get_by_role("button", name="Stop").click()
+    assert "Stopped" in message(page)
+    assert time.monotonic() - started < 3
+    assert steps_seen(page)[-1] < 200
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    assert server.files == before
+    expect(page.locator("#history").get_by_text("never finished")).to_have_count(0)
+
+
+def test_a_closed_tab_does_not_end_the_job_and_the_next_one_picks_it_up(browser: Browser, server: Server):
+    with looking(browser, server.url) as page:
+        generate(page, "outlives its tab", **LONG | {"Steps": 100})
+        wait_for_a_step(page)
+    with looking(browser, server.url) as page:
+        wait_for_a_step(page)  # without pressing anything
+        first = steps_seen(page)[0]
+        page.reload()
+        wait_for_a_step(page)
+        assert steps_seen(page)[-1] >= first
+        assert result(page)["width"] == 256
+        expect(page.locator("#history").get_by_text("outlives its tab")).to_have_count(1)
+
+
+# ------------------------------------------------------------------------------------------------ history
+
+
+def test_the_history_survives_a_reload_is_searched_and_gives_recipes_back(page: Page):
+    page.get_by_label("Negative prompt").fill("dull colours")
+    generate(page, "a green cone for the record", Steps=6, Width=96, Guidance=3)
+    result(page)
+    seed = page.get_by_role("row", name=re.compile("^Seed")).locator("td").inner_text()
+
+    page.reload()
+    history = page.locator("#history")
+    expect(history.get_by_text("a green cone for the record")).to_have_count(1)
+    search = page.get_by_label("Search the history")
+    search.fill("record cone")
+    expect(history.locator(".tile")).to_have_count(1)
+    search.fill("no such thing")
+    expect(history.get_by_text("Nothing matches.")).to_be_visible()
+    search.fill(seed)
+    expect(history.locator(".tile")).to_have_count(1)
+
+    history.get_by_role("button", name="a green cone for the record").click()
+    assert result(page)["width"] == 96
+    page.get_by_role("button", name="Use this recipe").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a green cone for the record")
+    expect(page.get_by_label("Negative prompt")).to_have_value("dull colours")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(seed)
+    for label, value in {"Steps": "6", "Width": "96", "Height": "128", "Guidance": "3", "Count": "1"}.items():
+        expect(page.get_by_label(f"number input for {label}")).to_have_value(value)
+    page.get_by_role("button", name="Random").click()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("")
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "expected"),
+    [
+        ("", "", "Prompt is empty"),
+        ("word " * 2000, "", "Prompt"),
+        ("a cube", "minus one", "Seed must be a whole number"),
+        ("a cube", "9223372036854775808", "out of range"),
+    ],
+)
+def test_bad_input_is_explained_beside_the_form(
+    page: Page, server: Server, prompt: str, seed: str, expected: str
+):
+    before = server.files
+    page.get_by_label("Seed", exact=True).fill(seed)
+    generate(page, prompt)
+    assert expected in message(page)
+    expect(page.locator("#message [role=alert]")).to_be_visible()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    assert server.files == before
+
+
+def test_words_that_look_like_code_stay_words(page: Page):
+    nasty = """<img src=x onerror="document.title='owned'"> ${document.title='owned'} {{value}} </script>"""
+    page.get_by_label("Seed", exact=True).fill(nasty)
+    generate(page, nasty, Steps=2)
+    assert "<img" in message(page)
+    expect(page.get_by_role("alert").first).to_be_visible()
+    page.get_by_label("Seed", exact=True).fill("")
+    page.get_by_role("button", name="Generate").click()
+    result(page)
+    assert page.locator("figcaption").inner_text().removeprefix("TOY").strip() == nasty
+    assert page.locator("img.result").get_attribute("alt") == nasty
+    assert page.title() == "Gen Studio"
+
+
+# ------------------------------------------------------------------------------------------------ comfort
+
+
+def test_an_example_and_control_enter_suffice(page: Page):
+    page.get_by_role("button", name="a green cone left of a purple torus").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a green cone left of a purple torus")
+    fill(page, "a green cone left of a purple torus", Steps=3)
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
+    result(page)
+
+
+def test_other_weights_bring_their_limits_and_say_when_they_are_missing(page: Page):
+    page.get_by_label("Prompt", exact=True).fill("kept while choosing")
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="pixart-sigma:1024 (not installed)").click()
+    width = page.get_by_label("number input for Width")
+    expect(width).to_have_value("1024")
+    assert (width.get_attribute("min"), width.get_attribute("max")) == ("512", "2048")
+    expect(page.locator("#form").get_by_text("are not on this machine")).to_be_visible()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("kept while choosing")
+    page.get_by_role("button", name="Generate").click()
+    assert "not on this machine" in message(page)
+
+
+def test_the_dark_button_turns_the_page_and_is_remembered(browser: Browser, server: Server):
+    with looking(browser, server.url, color_scheme="light") as page:
+        button = page.get_by_role("button", name="Dark mode")
+        expect(button).to_have_attribute("aria-pressed", "false")
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        button.click()
+        expect(button).to_have_attribute("aria-pressed", "true")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        page.reload()
+        expect(button).to_have_attribute("aria-pressed", "true")
+        button.click()
+        expect(button).to_have_attribute("aria-pressed", "false")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == light
+        page.emulate_media(color_scheme="dark")
+        expect(button).to_have_attribute("aria-pressed", "true")
+
+
+# Returns the texts and edges that fall short of WCAG 2.2.
+CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_and_names_suffice_for_everybody(browser: Browser, server: Server, scheme: str):
+    with looking(browser, server.url, color_scheme=scheme) as page:
+        generate(page, "", Steps=3)
+        message(page)
+        generate(page, "a picture to look at", Steps=3)
+        result(page)
+        page.get_by_role("region", name="Recipe").get_by_text("Recipe as JSON").click()
+        page.get_by_label("Seed", exact=True).fill("-1")
+        page.get_by_role("button", name="Generate").click()
+        message(page)
+        page.wait_for_timeout(300)  # colours change in 120 ms
+        measured = page.evaluate(CONTRAST)
+        assert measured["texts"] > 40 and measured["edges"] > 8, measured
+        assert not measured["poor"], "\n".join(measured["poor"])
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 60")
+        assert dark == (scheme == "dark")
+
+        spoken = page.locator("body").aria_snapshot()
+        controls = re.findall(
+            r"- (button|link|textbox|combobox|slider|spinbutton|img|progressbar)\b(.*)", spoken
+        )
+        assert len(controls) > 20, spoken
+        nameless = [role + rest for role, rest in controls if not rest.startswith(' "')]
+        assert not nameless, nameless
+        assert page.evaluate("document.documentElement.lang") == "en"
+
+
+def test_a_phone_shows_everything_without_sideways_scrolling(browser: Browser, server: Server):
+    phone = {"viewport": {"width": 375, "height": 812}, "has_touch": True, "is_mobile": True}
+    with looking(browser, server.url, **phone) as page:
+        fits = "document.documentElement.scrollWidth <= innerWidth"
+        assert page.evaluate("innerWidth") == 375
+        assert page.evaluate(fits)
+        fill(page, "a-word-that-does-not-break-" * 10, Steps=3)
+        button = page.get_by_role("button", name="Generate")
+        assert button.bounding_box()["height"] >= 44, "a finger needs room"
+        button.tap()
+        seen = result(page)
+        assert 200 < seen["seen"] <= 375
+        expect(page.locator("img.result")).to_be_in_viewport()
+        page.get_by_text("Recipe as JSON").tap()
+        assert page.evaluate(fits)
+        for control in page.locator("button, input, textarea, img").all():
+            box = control.bounding_box()
+            assert box is None or box["x"] + box["width"] <= 376, control.evaluate("one => one.outerHTML")

@@ -1,0 +1,80 @@
+"""Every kind of input has a widget, and the widget takes and gives back what the input allows."""
+
+import gradio as gr
+import pytest
+
+from app import controls, page
+from gen.catalog import MODELS
+from gen.request import CHECKS, Input
+
+INPUTS = [
+    pytest.param(one, id=f"{row.name}:{tag}-{one.name}")
+    for row in MODELS.values()
+    for tag in row.weights
+    for one in row.inputs_for(tag)
+]
+
+
+def test_the_table_holds_exactly_the_kinds_that_requests_know():
+    assert set(controls.CONTROLS) == set(CHECKS)
+
+
+@pytest.mark.parametrize("one", INPUTS)
+def test_an_input_becomes_a_widget_with_its_name_default_and_limits(one: Input):
+    with gr.Blocks():
+        widget = controls.widget(one, "some-model")
+    assert widget.label == one.label
+    assert widget.elem_id == f"some-model-{one.name}"
+    if isinstance(widget, gr.Slider):
+        assert (widget.minimum, widget.maximum, widget.step) == (one.minimum, one.maximum, one.step)
+        assert None not in (one.minimum, one.maximum, one.step), "a slider needs ends"
+    if not one.required:
+        # Untouched, the form sends what leaving it out would mean.
+        assert one.check(widget.preprocess(widget.value)) == one.check(None)
+
+
+def test_a_seed_keeps_all_its_digits_on_the_way_to_the_browser_and_back():
+    (seed,) = (one for one in MODELS["pixart-sigma"].inputs if one.kind == "seed")
+    largest = 2**63 - 1
+    change = controls.change(seed, largest)
+    assert change["value"] == str(largest)
+    assert seed.check(change["value"]) == largest
+    assert seed.check(controls.change(seed)["value"]) is None, "empty means: draw one"
+
+
+def test_a_choice_becomes_a_list_to_choose_from():
+    one = Input(
+        name="view",
+        kind="choice",
+        label="View",
+        help="from where",
+        argument="v",
+        default="top",
+        choices=("top", "side"),
+    )
+    with gr.Blocks():
+        widget = controls.widget(one, "m")
+    assert isinstance(widget, gr.Dropdown)
+    assert [value for _, value in widget.choices] == ["top", "side"]
+    assert widget.value == "top"
+    assert widget.info == "From where"
+
+
+def test_changing_the_weights_moves_the_limits_and_takes_the_new_default():
+    row = MODELS["pixart-sigma"]
+    (width,) = (one for one in row.inputs_for("1024") if one.name == "width")
+    change = controls.change(width)
+    assert (change["minimum"], change["maximum"], change["value"]) == (512, 2048, 1024)
+    assert controls.change(width, 768)["value"] == 768
+
+
+def test_lines_of_the_form_pair_sliders_and_leave_writing_its_width():
+    lines = [[one.name for one in line] for line in page.in_lines(MODELS["pixart-sigma"].inputs)]
+    assert lines == [
+        ["prompt"],
+        ["negative_prompt"],
+        ["width", "height"],
+        ["steps", "guidance"],
+        ["seed"],
+        ["count"],
+    ]

@@ -1,0 +1,230 @@
+"""The server around the page: who comes in, what REST answers, which files go out, how the command ends."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from app import server
+from gen import library
+from gen.catalog import MODELS
+from gen.errors import GenError
+from tests.app.conftest import ROOT, serving
+from tests.app.test_views import entry
+
+HERE = "http://127.0.0.1:7860"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One user folder for the module: an app remembers where its cache is."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("GEN_HOME", str(folder))
+        patch.delenv("GRADIO_TEMP_DIR", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def app(home: Path):
+    return server.create_app()
+
+
+@pytest.fixture
+def client(app, home: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    monkeypatch.setenv("GEN_HOME", str(home))
+    return TestClient(app, base_url=HERE)
+
+
+def kept(path: Path, name: str) -> Path:
+    """A picture in the library under the id `name`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with library.add(entry(id=name, path=path)):
+        Image.new("RGB", (8, 4), "red").save(path, "PNG")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------- REST
+
+
+def test_health_answers(client: TestClient):
+    answer = client.get("/api/health")
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "ok"
+
+
+def test_models_are_the_catalog_with_what_is_installed(client: TestClient, weights_dir: Path, monkeypatch):
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(weights_dir))
+    models = client.get("/api/models").json()["models"]
+    assert [one["name"] for one in models] == [*MODELS]
+    (toy,) = [one for one in models[0]["weights"] if one["tag"] == "toy"]
+    assert toy["installed"] and toy["toy"]
+    width = {one["name"]: one for one in toy["inputs"]}["width"]
+    assert (width["default"], width["minimum"], width["maximum"], width["step"]) == (128, 64, 256, 16)
+
+
+def test_a_file_goes_out_by_its_id_as_what_it_is(client: TestClient, home: Path):
+    path = kept(home / "outputs" / "red.png", "id1")
+    answer = client.get("/files/id1")
+    assert answer.content == path.read_bytes()
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["content-disposition"] == 'inline; filename="red.png"'
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_what_could_run_as_a_page_is_only_ever_downloaded(client: TestClient, home: Path):
+    kept(home / "outputs" / "evil.svg", "id2")
+    answer = client.get("/files/id2")
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert answer.headers["content-type"] == "application/octet-stream"
+
+
+@pytest.mark.parametrize("name", ["nothing", "..%2f..%2flibrary.sqlite3", "%2fetc%2fpasswd", "' OR 1=1 --"])
+def test_only_ids_of_the_library_are_files(client: TestClient, home: Path, name: str):
+    kept(home / "outputs" / f"{abs(hash(name))}.png", f"other-{abs(hash(name))}")
+    answer = client.get(f"/files/{name}")
+    assert answer.status_code == 404
+    assert b"SQLite" not in answer.content and b"root:" not in answer.content
+
+
+def test_a_file_that_was_moved_away_is_said_to_be_gone(client: TestClient, home: Path):
+    kept(home / "outputs" / "gone.png", "id3").unlink()
+    answer = client.get("/files/id3")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+
+
+# --------------------------------------------------------------------------------------------------- door
+
+
+def test_the_page_is_there_and_may_load_nothing_from_elsewhere(client: TestClient):
+    answer = client.get("/")
+    assert answer.status_code == 200
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "http" not in policy
+
+
+def test_the_page_has_no_telemetry_sharing_or_programs_interface(client: TestClient, home: Path):
+    config = client.get("/config").json()
+    assert not config["analytics_enabled"]
+    assert not config["is_space"]
+    assert [one for one in config["dependencies"] if one["api_visibility"] == "public"] == []
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    cache = home / "cache" / "gradio"
+    assert os.environ["GRADIO_TEMP_DIR"] == str(cache)
+    assert cache.stat().st_mode & 0o077 == 0, "nobody else looks into it"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", ""])
+def test_a_name_from_elsewhere_that_points_here_gets_nothing(client: TestClient, host: str):
+    assert client.get("/api/models", headers={"host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["localhost:7860", "127.0.0.1", "[::1]:7860"])
+def test_the_names_of_this_computer_come_in(client: TestClient, host: str):
+    assert client.get("/api/models", headers={"host": host}).status_code == 200
+
+
+def test_other_sites_cannot_press_buttons_here(client: TestClient):
+    join = "/gradio_api/queue/join"
+    foreign = client.post(join, json={}, headers={"origin": "https://evil.example"})
+    assert foreign.status_code == 403
+    own = client.post(join, json={}, headers={"origin": HERE})
+    assert own.status_code != 403
+
+
+def test_with_a_token_nobody_comes_in_without_it(home: Path):
+    client = TestClient(
+        server.create_app(token="open sesame", local_only=False), base_url="http://studio.example"
+    )
+    assert client.get("/api/health").status_code == 200, "a container's health check knows no token"
+    assert client.get("/").status_code == 401
+    assert client.get("/?token=wrong").status_code == 401
+    assert client.get("/api/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+    assert client.get("/api/models", headers={"cookie": "gen_token=wrong"}).status_code == 401
+    assert client.get("/api/models", headers={"authorization": "Bearer open sesame"}).status_code == 200
+    assert not client.cookies
+
+    answer = client.get("/?token=open+sesame&__theme=dark", follow_redirects=False)
+    assert answer.status_code == 303
+    assert answer.headers["location"] == "/?__theme=dark", "the word does not stay in the address"
+    assert "HttpOnly" in answer.headers["set-cookie"] and "SameSite=strict" in answer.headers["set-cookie"]
+    assert client.get("/").status_code == 200, "the cookie is enough from now on"
+
+
+# ------------------------------------------------------------------------------------- without any weights
+
+
+def test_without_weights_the_page_opens_and_says_how_to_get_some(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gen.catalog.store.find", lambda key: None)
+    client = TestClient(server.create_app(), base_url=HERE)
+    assert client.get("/").status_code == 200
+    said = json.dumps(client.get("/config").json()["components"])
+    assert "are not on this machine" in said
+    assert "gen train pixart-sigma:toy" in said
+    assert "(not installed)" in said
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def run(*arguments: str, **environment: str):
+    clean = {name: None for name in os.environ if name.startswith("GEN_")}
+    return CliRunner().invoke(server.serve_command, arguments, env={**clean, **environment})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5"])
+def test_an_address_that_others_reach_is_refused_without_a_token(host: str):
+    ended = run("--host", host)
+    assert ended.exit_code == 2
+    assert ended.stdout == ""
+    assert "--token" in ended.stderr and "GEN_PUBLIC" in ended.stderr
+    assert run(GEN_HOST=host).exit_code == 2, "the environment is no way around it"
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "many"])
+def test_an_impossible_port_is_refused(port: str):
+    assert run("--port", port).exit_code == 2
+
+
+def test_a_port_in_use_is_said_to_be_and_another_proposed():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run("--port", str(port))
+    assert ended.exit_code == 1
+    assert f"Port {port} on 127.0.0.1 is in use" in ended.stderr
+    assert "--port 0" in ended.stderr
+    assert "Traceback" not in ended.output
+
+
+def test_an_address_of_another_computer_cannot_be_listened_on():
+    with pytest.raises(GenError, match=r"Cannot listen on 203\.0\.113\.9"):
+        server.bind("203.0.113.9", 0)
+
+
+def test_a_container_serves_openly_when_told_to_and_ends_on_control_c(tmp_path: Path):
+    with serving(tmp_path, GEN_HOST="0.0.0.0", GEN_PUBLIC="1") as running:
+        assert running.url.startswith("http://127.0.0.1:"), "an address that can be opened"
+        assert running.stop() == 0
+    assert running.lines[-1] == "Stopped.\n"
+    assert "Traceback" not in "".join(running.lines)
+
+
+def test_a_token_is_part_of_the_address_that_is_printed():
+    with server.bind("127.0.0.1", 0) as listener:
+        assert server.address(listener, "a b&c").endswith("/?token=a+b%26c")
+        assert server.address(listener, None).endswith("/")
+
+
+def test_importing_the_command_is_light():
+    code = "import sys, app.server; print(*{'torch', 'gradio', 'fastapi', 'uvicorn'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "", "gen --help imports app.server and must stay quick"
