@@ -43,5 +43,5 @@ def test_documents_name_only_make_targets_that_exist(document):
 
 def test_the_command_line_document_is_what_help_says():
     script = ROOT / "scripts" / "write_docs.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], cwd=ROOT, check=False, timeout=60)
+    done = subprocess.run([sys.executable, str(script), "--check"], cwd=ROOT, check=False, timeout=280)
     assert done.returncode == 0, "docs/cli.md is out of date: run `make docs`"

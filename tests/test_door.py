@@ -70,7 +70,7 @@ def run(installed, tmp_path):
         empty.mkdir(exist_ok=True)
         nowhere = "http://127.0.0.1:9"  # the discard port: whoever tries to download fails at once
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("GEN_")},
             "PYTHONPATH": str(installed), "HOME": str(tmp_path / "home"), "GEN_HOME": str(tmp_path / "gen"),
             "HF_HOME": str(tmp_path / "hf"), "http_proxy": nowhere, "https_proxy": nowhere,
         }  # fmt: skip

@@ -103,7 +103,7 @@ def python(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     home = tmp_path / "home"
     home.mkdir()
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("GEN_")},
         "HOME": str(home),
         "GEN_HOME": str(tmp_path / "gen-home"),
         "PYTHONPATH": str(ROOT),
@@ -111,7 +111,7 @@ def python(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     }
     return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=home, env=environment, text=True, capture_output=True, timeout=120, check=False,
+        cwd=home, env=environment, text=True, capture_output=True, timeout=280, check=False,
     )
 
 

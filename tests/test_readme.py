@@ -61,7 +61,7 @@ def test_every_cheap_example_runs(words, tmp_path):
     command = [sys.executable, "-m", "gen.cli", *words[1:]]
     home = {**os.environ, "GEN_HOME": str(tmp_path)}
     done = subprocess.run(
-        command, cwd=ROOT, env=home, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env=home, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr
