@@ -269,7 +269,7 @@ class PixArtSigmaPipeline:
                 return
 
     def predictor(self, text: Any, modulation: Any, guidance_scale: float) -> Predict:
-        """The function a step calls: latents to the guided prediction, float32. Caches wrap it, one per run."""
+        """The function a step calls: latents to the guided prediction. Caches wrap it, one per run."""
         transformer, channels = self.transformer, self.transformer.config.in_channels
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ WORDS = """
     a an the and or of in on to is left right front behind top under above below with two three one
     red green blue yellow orange purple pink cyan white black gray grey brown cube sphere cylinder cone
     torus pyramid capsule prism ball ring small medium large tiny big matte shiny metal rubber glossy
-""".split()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     specials = ["<pad>", "</s>", "<unk>"]
-    pieces = [(piece, 0.0) for piece in specials] + [(f"▁{word}", -3.0) for word in WORDS]
+    pieces = [(piece, 0.0) for piece in specials] + [(f"▁{word}", -3.0) for word in WORDS.split()]
     pieces += [(letter, -8.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789.,-'"]
     backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     spaces = {"replacement": "▁", "prepend_scheme": "always"}

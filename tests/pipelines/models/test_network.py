@@ -1,0 +1,99 @@
+"""Reading folders of weights: everything that can be wrong with one has a sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.models.pixart import PixArtTransformer2DModel
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny_toy_folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_toy_folder / "transformer", tmp_path / "transformer")
+    return tmp_path / "transformer"
+
+
+def change_config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        kept = {key: value for key, value in config.items() if value != "gone"}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return change
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        state = load_file(folder / WEIGHTS)
+        change(state)
+        save_file({key: tensor.clone() for key, tensor in state.items()}, folder / WEIGHTS)
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def lead_outside(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    index = {"weight_map": {"proj_out.bias": "../../secret.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_config(num_layers="gone"), r"config\.json lacks 'num_layers'"),
+        (change_config(window_size=4), r"unknown key 'window_size' with value 4"),
+        (change_config(double_self_attention=True), r"unknown key 'double_self_attention' with value True"),
+        (change_config(activation_fn="geglu"), r"config\.json: activation_fn must be"),
+        (change_config(num_layers=3), r"the file has no \d+ tensors, such as transformer_blocks\.2\."),
+        (change_config(num_layers=1), r"has unexpected \d+ tensors, such as transformer_blocks\.1\."),
+        (
+            change_config(patch_size=4),
+            r"pos_embed\.proj\.weight is \(48, 4, 2, 2\), config\.json means \(48, 4, 4, 4\)",
+        ),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"must hold a JSON object"),
+        (
+            lambda folder: (folder / WEIGHTS).unlink(),
+            rf"{WEIGHTS} is missing \(weights are read from safetensors",
+        ),
+        (truncate, rf"{WEIGHTS} is damaged"),
+        (lead_outside, r"names a file outside its folder"),
+        (
+            change_tensors(lambda state: state["proj_out.bias"].fill_(torch.nan)),
+            r"proj_out\.bias holds numbers",
+        ),
+        (change_tensors(lambda state: state.pop("proj_out.bias")), r"no 1 tensors, such as proj_out\.bias"),
+    ],
+)
+def test_damage_is_named(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        PixArtTransformer2DModel.from_pretrained(folder)
+
+
+def test_weights_are_as_readable_as_their_configuration(folder: Path) -> None:
+    modes = {stat.S_IMODE((folder / name).stat().st_mode) for name in ("config.json", WEIGHTS)}
+    assert len(modes) == 1
+
+
+def test_loading_draws_no_random_numbers(folder: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    PixArtTransformer2DModel.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), before)
