@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 RECIPE = "gen_recipe"
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SPARE = 2**20  # bytes that must stay free beside the picture: rows, journal, logs
 
 
@@ -35,10 +36,9 @@ def prepare(output: Path | None, pictures: int, pixels: int) -> Path:
     Called before any work is done. `output` is a folder, or for one picture the file's own path ending in
     .png. Raises bad_input, output_not_writable, disk_full.
     """
-    folder = output or library.outputs()
+    folder = (output or library.outputs()).expanduser().absolute()
     if names_file(output):
-        assert output is not None
-        folder = output.parent
+        output, folder = folder, folder.parent
         if pictures > 1:
             raise GenError(
                 f"{pictures} pictures cannot all be {output.name}.",
@@ -47,7 +47,14 @@ def prepare(output: Path | None, pictures: int, pixels: int) -> Path:
             )
         if output.exists():
             raise _exists(output)
-    folder = folder.expanduser().absolute()
+    elif folder.suffix.lower() in OTHER_FORMATS and not folder.is_dir():
+        raise GenError(
+            f"{folder.name} names a picture of another format; pictures are saved as PNG.",
+            f"Say {folder.with_suffix('.png').name}, or a folder.",
+            "bad_input",
+        )
+    if not str(folder).isprintable():  # the library's text columns hold no bytes that are no characters
+        raise GenError(f"The folder's name {str(folder)!r} is not text.", "Choose another.", "bad_input")
     library.prepare()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,8 +201,29 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ) from None
     try:
         recipe = json.loads(text or "")
-        if not isinstance(recipe["request"], dict) or not isinstance(recipe["weights"]["fingerprint"], str):
-            raise TypeError
+        whole = all(isinstance(_at(recipe, key), kind) for key, kind in SHAPE.items())
     except (ValueError, KeyError, TypeError):
-        raise GenError(f"{path} carries no recipe of gen-studio.", hint, "bad_input") from None
+        whole = False
+    if not whole:
+        raise GenError(f"{path} carries no recipe of gen-studio.", hint, "bad_input")
+    return recipe
+
+
+# What a recipe needs for its picture to be made again. A Request that is built of it checks the values.
+SHAPE = {
+    "request.model": str,
+    "request.weights": str,
+    "request.inputs": dict,
+    "request.seed": int,
+    "weights.fingerprint": str,
+    "settings.device": str,
+    "settings.dtype": str,
+    "settings.attention": str,
+    "versions": dict,
+}
+
+
+def _at(recipe: Any, key: str) -> Any:
+    for name in key.split("."):
+        recipe = recipe[name]
     return recipe

@@ -7,6 +7,7 @@ Nothing heavy is imported at the top: `gen --help` and `gen list` answer before 
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -280,6 +281,9 @@ def _checked_table(path: Path, name: str, table: Any) -> dict[str, Any]:
 def main() -> None:
     """The console script."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "ü" must not end the command
+            stream.reconfigure(errors="backslashreplace")
     # What a pipeline warns of, the engine says in an Event, once and with what to do.
     logging.getLogger("pipelines").setLevel(logging.ERROR)
     sys.exit(execute(sys.argv[1:]))
@@ -305,8 +309,9 @@ def execute(arguments: Sequence[str]) -> int:
 
 def _attempt(arguments: Sequence[str]) -> GenError | None:
     """Everything that can end a command becomes a GenError, but for a stdout that cannot be written to."""
+    stopped: list[int] = []  # signals that came
     try:
-        with _signals():
+        with _signals(stopped):
             cli.main(args=[*arguments], prog_name="gen", standalone_mode=False)
         return None
     except GenError as error:
@@ -320,7 +325,8 @@ def _attempt(arguments: Sequence[str]) -> GenError | None:
     except printing.Unwritable:
         raise
     except Exception as error:
-        return _bug(error)
+        # Some libraries turn a signal that comes while they are imported into an ImportError.
+        return cancelled() if stopped else _bug(error)
 
 
 def _tell(error: GenError, as_json: bool) -> int:
@@ -351,17 +357,22 @@ def _bug(error: Exception) -> GenError:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM ends a command in the same good order as Ctrl-C."""
+def _signals(came: list[int]) -> Iterator[None]:
+    """SIGTERM ends a command in the same good order as Ctrl-C. What the parent had ignored stays ignored."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
+        came.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def options() -> list[click.Parameter]:
     path = click.Path(path_type=Path)
     return [
         click.Argument(["model"], required=False),
-        click.Argument(["words"], required=False, metavar="[PROMPT]"),
+        click.Argument(["words"], nargs=-1, metavar="[PROMPT]"),
         *(_input_option(one) for one in inputs.values()),
         _option("--size", metavar="WxH|N", help="Width and height at once."),
         _option(
@@ -207,15 +208,13 @@ def parse_size(text: str) -> tuple[str, str]:
     return width, height or width
 
 
-def _texts(words: str | None, flags: Sequence[str], file: str | None) -> list[str]:
+def _texts(words: Sequence[str], flags: Sequence[str], file: str | None) -> list[str]:
     """The prompts, from one of the three ways to give them."""
-    ways = [
-        way for way, used in (("PROMPT", words is not None), ("--prompt", flags), ("--prompts", file)) if used
-    ]
+    ways = [way for way, used in (("PROMPT", words), ("--prompt", flags), ("--prompts", file)) if used]
     if len(ways) > 1:
         raise GenError(f"Prompts come from {' and '.join(ways)} at once.", "Use one of them.", "bad_input")
     if file is None:
-        return [_read("-") if text == "-" else text for text in ([*flags] if words is None else [words])]
+        return [_read("-") if text == "-" else text for text in ([" ".join(words)] if words else flags)]
     texts = [line.strip() for line in _read(file).splitlines() if line.strip()]
     if not texts:
         raise GenError(f"No line of {file} holds a prompt.", "Write one prompt a line.", "bad_input")
@@ -300,15 +299,16 @@ def _draw(requests: list[Request], settings: Settings, talk: Progress, params: M
         for number, request in enumerate(requests):
             if len(requests) > 1 and not talk.quiet:
                 talk.say(f"request {number + 1}/{len(requests)}: {request.inputs.get('prompt', '')[:60]}")
-            for event in engine.run(request, settings):
-                talk.show(event)
-                if params["stream"]:
-                    printing.as_json(event.to_json())
-                if event.result is not None:
-                    results.append(event.result)
-                    talk.clear()
-                    if lines:
-                        printing.line(event.result.id if talk.quiet else str(event.result.path))
+            with closing(engine.run(request, settings)) as events:
+                for event in events:
+                    talk.show(event)
+                    if params["stream"]:
+                        printing.as_json(event.to_json())
+                    if event.result is not None:
+                        results.append(event.result)
+                        talk.clear()
+                        if lines:
+                            printing.line(event.result.id if talk.quiet else str(event.result.path))
     except (GenError, KeyboardInterrupt) as stop:
         # What was finished before stays finished, and the envelope of the error names it.
         error = stop if isinstance(stop, GenError) else cancelled()
@@ -353,7 +353,7 @@ def _plan(request: Request, settings: Settings) -> dict[str, Any]:
     with loader.explained(folder):
         store.verify(folder, checksums=False)
         parameters = store.parameters(folder)
-    seconds, peak = library.typical(request.model, tag, request.inputs) or (None, None)
+    past = library.typical(request.model, tag, request.inputs)
     return {
         "request": request.to_json(),
         "toy": facts.is_toy,
@@ -361,8 +361,8 @@ def _plan(request: Request, settings: Settings) -> dict[str, Any]:
         "output": str((settings.output or library.outputs()).absolute()),
         "parameters": parameters,
         "weights_bytes": parameters * (2 if settings.dtype in ("bfloat16", "float16") else 4),
-        "peak_bytes": peak,
-        "seconds": None if seconds is None else round(seconds * request.count, 2),
+        "peak_bytes": past and past.peak_bytes,
+        "seconds": past and round(past.loading_seconds + past.drawing_seconds * request.count, 2),
     }
 
 

@@ -45,9 +45,8 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
         arguments = {one.argument: request.inputs[one.name] for one in row.inputs if one.argument}
         _check(loaded.pipeline, arguments)
     loading = time.perf_counter() - started
-    for text in (_unread(loaded.pipeline, row, request), _slow(loaded)):
-        if text:
-            yield Event(kind="note", note=text)
+    for note in (*_unread(loaded.pipeline, row, request), *_slow(loaded)):
+        yield Event(kind="note", note=note)
 
     results: list[Result] = []
     for image, seed in enumerate(request.seeds):
@@ -159,30 +158,30 @@ def _check(pipeline: Any, arguments: dict[str, Any]) -> None:
         ) from error
 
 
-def _unread(pipeline: Any, row: catalog.Model, request: Request) -> str:
-    """A sentence about the end of a prompt that the model does not read; empty when it reads all."""
-    if not row.max_tokens:
-        return ""
-    prompt = request.inputs["prompt"]
-    tokens = pipeline.count_tokens(prompt)
-    if tokens <= row.max_tokens:
-        return ""
-    # The longest beginning, in whole words, that is read in full.
-    words = prompt.split()
-    read = bisect.bisect_right(
-        range(len(words) + 1),
-        row.max_tokens,
-        key=lambda count: pipeline.count_tokens(" ".join(words[:count])),
-    )
-    rest = " ".join(words[read - 1 :])
-    cut = rest if len(rest) <= 200 else rest[:197] + "..."
-    return f'The prompt has {tokens} tokens, of which the model reads {row.max_tokens}. Not read: "{cut}"'
+def _unread(pipeline: Any, row: catalog.Model, request: Request) -> Iterator[str]:
+    """A sentence for each text whose end the model does not read."""
+    for one in row.inputs:
+        if one.kind != "text" or not row.max_tokens:
+            continue
+        text = request.inputs[one.name]
+        tokens = pipeline.count_tokens(text)
+        if tokens <= row.max_tokens:
+            continue
+        # The longest beginning, in whole words, that is read in full.
+        words = text.split()
+        read = bisect.bisect_right(
+            range(len(words)),
+            row.max_tokens,
+            key=lambda count: pipeline.count_tokens(" ".join(words[:count])),
+        )
+        rest = " ".join(words[read - 1 :])
+        cut = rest if len(rest) <= 200 else rest[:197] + "..."
+        yield f'{one.label} has {tokens} tokens, of which the model reads {row.max_tokens}. Not read: "{cut}"'
 
 
-def _slow(loaded: loader.Loaded) -> str:
+def _slow(loaded: loader.Loaded) -> Iterator[str]:
     if (loaded.device, loaded.dtype) == ("cpu", "float16"):
-        return "float16 is very slow on a CPU; float32 or bfloat16 is several times faster."
-    return ""
+        yield "float16 is very slow on a CPU; float32 or bfloat16 is several times faster."
 
 
 def _not_finite(step: Any, loaded: loader.Loaded) -> GenError:

@@ -1,7 +1,7 @@
 """Measures of the embedded models: what a table row promises, on prompts and scenes that training never
 saw.
 
-Pictures are read by the judge (`gen.judge`), which was trained on renders only. A picture counts when
+Pictures are read by the judge (`gen.toy.judge`), which was trained on renders only. A picture counts when
 everything said is there together: as many things, each shape with its colour, each thing in its slot.
 """
 
@@ -58,23 +58,24 @@ METRICS = (
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     text: str
-    caption: Any  # gen.toy_world.Caption
+    caption: Any  # gen.world.Caption
     group: str  # "one" | "two" | "three" | "held-out"
 
 
 def prompts(count: int) -> list[Prompt]:
     """`count` prompts in fixed shares, each a function of its number alone: 5 of 16 show one object, 6
     two, 2 three, and 3 one object of a held-out pair."""
-    from gen import toy_world
+    from gen.toy import world
+    from gen.toy.words import describe
 
     groups = ["one"] * 5 + ["two"] * 6 + ["three"] * 2 + ["held-out"] * 3
     made = []
     for n in range(count):
         group = groups[n * 5 % 16]
         rng = random.Random(f"evaluate:{SEED}:{n}")
-        relation = {"two": rng.choice(toy_world.RELATIONS[1:-1]), "three": "row"}.get(group, "alone")
-        pairs = toy_world.colour_shape_pairs("held_out" if group == "held-out" else "seen")
-        caption = toy_world.describe(toy_world.sample_scene(rng, relation=relation, pairs=pairs), rng)
+        relation = {"two": rng.choice(world.RELATIONS[1:-1]), "three": "row"}.get(group, "alone")
+        pairs = world.colour_shape_pairs("held_out" if group == "held-out" else "seen")
+        caption = describe(world.sample_scene(rng, relation=relation, pairs=pairs), rng)
         made.append(Prompt(text=caption.text, caption=caption, group=group))
     return made
 
@@ -111,7 +112,7 @@ def draw(
 
 def score_pictures(judge: Any, pictures: Any, asked: Sequence[Prompt]) -> dict[str, float]:
     """Percentages by metric name, over the prompts of each group."""
-    from gen.judge import read, verdict
+    from gen.toy.judge import read, verdict
 
     seen = [s for i in range(0, len(pictures), 64) for s in read(judge, pictures[i : i + 64])]
     verdicts = [(p.group, verdict(p.caption, s)) for p, s in zip(asked, seen, strict=True)]
@@ -176,8 +177,10 @@ def _pixart_toy(
 ) -> dict[str, Any]:
     import torch
 
-    from gen import toy_pixart, toy_world
-    from gen.judge import accuracy, load_judge
+    from gen.toy import pixart as toy_pixart
+    from gen.toy import world
+    from gen.toy.judge import accuracy, load_judge
+    from gen.toy.render import render
     from pipelines.pixart_sigma import PixArtSigmaPipeline
 
     folder = _embedded("pixart-sigma-toy")
@@ -186,8 +189,8 @@ def _pixart_toy(
     judge = load_judge(_embedded("judge-toy"))
 
     report("reading held-out renders")
-    scenes = list(itertools.islice(toy_world.scenes(SEED, which="all"), 512))
-    renders = torch.cat([toy_world.render(scenes[i : i + 32]) for i in range(0, len(scenes), 32)])
+    scenes = list(itertools.islice(world.scenes(SEED, which="all"), 512))
+    renders = torch.cat([render(scenes[i : i + 32]) for i in range(0, len(scenes), 32)])
     read_back = accuracy(judge, renders, scenes)
     bytes_ = (renders[:256] * 255).round().to(torch.uint8)
     values = {"judge": 100 * min(read_back[k] for k in ("shape", "colour", "size", "material", "position"))}

@@ -165,17 +165,34 @@ def delete(id: str) -> None:
         entry.path.unlink(missing_ok=True)
 
 
-def typical(model: str, weights: str, inputs: Mapping[str, Any]) -> tuple[float, int] | None:
-    """Median (seconds, peak bytes) of the last pictures of the same size and steps, or None without any."""
+@dataclass(frozen=True)
+class Typical:
+    """Medians over past pictures."""
+
+    loading_seconds: float  # of those that had to wait for it
+    drawing_seconds: float
+    peak_bytes: int
+
+
+def typical(model: str, weights: str, inputs: Mapping[str, Any]) -> Typical | None:
+    """What the last pictures of the same size and steps took, or None without any."""
     rows = _select(
         "WHERE model = ? AND weights = ? AND width = ? AND height = ? "
         "AND json_extract(recipe, '$.request.inputs.steps') = ? ORDER BY created DESC LIMIT 9",
         (model, weights, inputs["width"], inputs["height"], inputs["steps"]),
     )
-    middle = len(rows) // 2
     if not rows:
         return None
-    return sorted(row.seconds for row in rows)[middle], sorted(row.peak_bytes for row in rows)[middle]
+    import statistics  # slow to import, and only estimates need it
+
+    loading = [row.recipe["seconds"]["loading"] for row in rows]
+    return Typical(
+        loading_seconds=statistics.median([seconds for seconds in loading if seconds] or [0.0]),
+        drawing_seconds=statistics.median(
+            row.seconds - waited for row, waited in zip(rows, loading, strict=True)
+        ),
+        peak_bytes=int(statistics.median(row.peak_bytes for row in rows)),
+    )
 
 
 def _select(clause: str, values: tuple[object, ...]) -> list[Entry]:
@@ -210,8 +227,11 @@ def _path() -> Path:
 @contextmanager
 def _open() -> Iterator[sqlite3.Connection]:
     """A fresh connection: they cost a fraction of a millisecond and may not be shared between threads."""
-    with _translated():
+    try:
         home().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, home()) from error
+    with _translated():
         # isolation_level None: transactions are ours to begin, Python starts none behind our back.
         db = sqlite3.connect(_path(), timeout=30, isolation_level=None)
     try:
@@ -302,7 +322,7 @@ _SQLITE_ERRORS: tuple[tuple[str, Callable[[], GenError]], ...] = (
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Expected failures of the disk and SQLite, as GenError."""
+    """Expected failures of SQLite, as GenError."""
     import re
 
     try:
@@ -312,8 +332,6 @@ def _translated() -> Iterator[None]:
             if re.search(words, str(error)):
                 raise make() from error
         raise
-    except OSError as error:
-        raise disk_error(error, home()) from error
 
 
 def disk_error(error: OSError, place: Path) -> GenError:

@@ -62,7 +62,7 @@ class Run:
 
 # ------------------------------------------------------------------------------------------ pixart-sigma:toy
 
-SCENES = 40_000
+SCENES = 20_000
 SCENES_SEED = 20261120
 # Times are shares of the run's minutes; on a GPU the steps run out first.
 AUTOENCODER = {
@@ -76,11 +76,11 @@ AUTOENCODER = {
 }
 TEXT = {"share": 0.05, "steps": 6_000, "batch": 64, "lr": 2e-3, "ema": 0.998, "warmup": 100, "cooldown": 0.4}
 TRANSFORMER = {
-    "share": 0.81,
+    "share": 0.75,
     "steps": 60_000,
     "batch": 64,
     "lr": 2e-3,
-    "ema": 0.999,
+    "ema": 0.998,
     "warmup": 100,
     "cooldown": 0.3,
 }
@@ -96,16 +96,16 @@ def _schedule(row: dict[str, Any]):
 
 def _pixart_sigma_toy(run: Run) -> None:
     import torch
-    from safetensors.torch import load_file, save_file
     from transformers import T5EncoderModel, T5Tokenizer
 
-    from gen import toy_data, toy_pixart, toy_world
+    from gen.toy import data, world
+    from gen.toy import pixart as toy_pixart
     from gen.train import fit
     from pipelines.models.pixart import PixArtTransformer2DModel
 
     work, fresh = run.work, run.shipped is None
     # 1. Scenes
-    toy_data.render_shards(
+    data.render_shards(
         work / "scenes",
         SCENES_SEED,
         SCENES,
@@ -115,7 +115,7 @@ def _pixart_sigma_toy(run: Run) -> None:
         report=run.report,
     )
     run.together()
-    pictures, owners = toy_data.load_shards(work / "scenes", SCENES)
+    pictures, owners = data.load_shards(work / "scenes", SCENES)
 
     # 2. Autoencoder
     if run.leads and not fresh and not (work / "vae").exists():
@@ -136,14 +136,19 @@ def _pixart_sigma_toy(run: Run) -> None:
             run.report(f"autoencoder: {task.evaluate(work)['psnr']:.2f} dB")
             task.module.save_pretrained(work / "vae")
         run.together()
-    if run.leads and not (work / "latents.safetensors").exists():
-        vae = toy_pixart.load_autoencoder(work / "vae").to(run.device)
-        save_file(
-            {"latents": toy_pixart.encode_pictures(vae, pictures, run.device)}, work / "latents.safetensors"
-        )
-    run.together()
     del pictures
-    latents = load_file(work / "latents.safetensors")["latents"]
+    vae = toy_pixart.load_autoencoder(work / "vae").to(run.device)
+    data.encode_shards(
+        work / "scenes",
+        work / "latents",
+        lambda pictures: toy_pixart.encode_pictures(vae, pictures, run.device),
+        SCENES,
+        rank=run.rank,
+        world=run.world,
+        report=run.report,
+    )
+    run.together()
+    latents, owners = data.load_latents(work / "latents", SCENES)
 
     # 3. Text encoder
     if run.leads and not fresh and not (work / "text_encoder").exists():
@@ -177,7 +182,7 @@ def _pixart_sigma_toy(run: Run) -> None:
         transformer = PixArtTransformer2DModel.from_pretrained(
             run.shipped / "transformer", torch_dtype=torch.float32
         )
-    scenes = list(itertools.islice(toy_world.scenes(SCENES_SEED), len(latents)))
+    scenes = list(itertools.islice(world.scenes(SCENES_SEED), len(latents)))
     encoder = T5EncoderModel.from_pretrained(work / "text_encoder", torch_dtype=torch.float32)
     tokenizer = T5Tokenizer.from_pretrained(work / "tokenizer")
     task = toy_pixart.TransformerTask(
@@ -223,10 +228,10 @@ JUDGE = {"steps": 8_000, "batch": 32, "lr": 1.5e-3, "ema": 0.998, "warmup": 100,
 
 
 def _judge_toy(run: Run) -> None:
-    from gen import judge, toy_data, toy_world
+    from gen.toy import data, judge, world
     from gen.train import fit
 
-    toy_data.render_shards(
+    data.render_shards(
         run.work / "scenes",
         777,
         JUDGE_SCENES,
@@ -237,8 +242,8 @@ def _judge_toy(run: Run) -> None:
         report=run.report,
     )
     run.together()
-    pictures, _ = toy_data.load_shards(run.work / "scenes", JUDGE_SCENES)
-    scenes = list(itertools.islice(toy_world.scenes(777, which="all"), len(pictures)))
+    pictures, _ = data.load_shards(run.work / "scenes", JUDGE_SCENES)
+    scenes = list(itertools.islice(world.scenes(777, which="all"), len(pictures)))
     task = judge.JudgeTask(pictures, scenes, seed=7, device=run.device)
     facts = fit(task, _schedule(JUDGE), run.work, resume=run.resume, minutes=run.minutes, report=run.report)
     if run.leads:

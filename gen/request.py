@@ -302,6 +302,14 @@ class Settings:
     output: Path | None = None  # a folder, or for one picture a file ending in .png; None: GEN_HOME/outputs
     preview: bool = True  # attach a small picture to step events
 
+    def __post_init__(self) -> None:
+        """Raises bad_input for a device or dtype there is none of; what this machine has shows when
+        loading."""
+        for label, value, known in (("Device", self.device, DEVICES), ("Dtype", self.dtype, DTYPES)):
+            if value not in known:
+                hint = f"Choose one of {', '.join(known)}."
+                raise GenError(f"{label} cannot be {_shown(value)}.", hint, "bad_input")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:

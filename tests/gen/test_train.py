@@ -9,20 +9,24 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gen import recipes, toy_pixart, toy_world, train
+from gen import recipes, train
 from gen.errors import GenError
 from gen.optim import MuonAdamW, orthogonalise, split_parameters
+from gen.toy import pixart as toy_pixart
+from gen.toy import world
+from gen.toy.render import render
+from gen.toy.words import describe
 from pipelines.models.pixart import PixArtTransformer2DModel
 
 
 @pytest.fixture(scope="module")
-def scenes() -> list[toy_world.Scene]:
-    return list(itertools.islice(toy_world.scenes(1), 24))
+def scenes() -> list[world.Scene]:
+    return list(itertools.islice(world.scenes(1), 24))
 
 
 @pytest.fixture(scope="module")
-def pictures(scenes: list[toy_world.Scene]) -> torch.Tensor:
-    return (toy_world.render(scenes) * 255).round().to(torch.uint8)
+def pictures(scenes: list[world.Scene]) -> torch.Tensor:
+    return (render(scenes) * 255).round().to(torch.uint8)
 
 
 class Line:
@@ -156,13 +160,13 @@ def test_autoencoder_task_learns_and_latents_are_normalised(pictures: torch.Tens
 
 
 def test_text_task_learns_and_labels_are_right() -> None:
-    scene = toy_world.sample_scene(random.Random(2), relation="right of")
-    caption = toy_world.describe(scene, random.Random(2))
+    scene = world.sample_scene(random.Random(2), relation="right of")
+    caption = describe(scene, random.Random(2))
     labels = toy_pixart.caption_labels([caption])[0]
     shape_of_right = labels[toy_pixart.ROLES.index("right")]
-    assert toy_world.SHAPES[shape_of_right - 1] == scene.things[0].shape
+    assert world.SHAPES[shape_of_right - 1] == scene.things[0].shape
     colour_of_left = labels[len(toy_pixart.ROLES) + toy_pixart.ROLES.index("left")]
-    assert toy_world.COLOURS[colour_of_left - 1] == scene.things[1].colour
+    assert world.COLOURS[colour_of_left - 1] == scene.things[1].colour
 
     task = toy_pixart.TextTask(toy_pixart.build_tokenizer(), seed=0)
     optimizer = task.optimizer(2e-3)
@@ -180,14 +184,14 @@ def test_tokenizer_knows_every_word_of_the_grammar() -> None:
     tokenizer = toy_pixart.build_tokenizer()
     assert tokenizer("").input_ids == [1]
     letters = {tokenizer.convert_tokens_to_ids(c) for c in "abcdefghijklmnopqrstuvwxyz"}
-    for n, scene in enumerate(itertools.islice(toy_world.scenes(4, which="all"), 200)):
-        text = toy_world.describe(scene, random.Random(n)).text
+    for n, scene in enumerate(itertools.islice(world.scenes(4, which="all"), 200)):
+        text = describe(scene, random.Random(n)).text
         assert not letters & set(tokenizer(text).input_ids), text
     unknown = tokenizer("zebra").input_ids
     assert tokenizer.unk_token_id not in unknown and len(unknown) > 3
 
 
-def test_transformer_task_learns_with_its_probe(scenes: list[toy_world.Scene]) -> None:
+def test_transformer_task_learns_with_its_probe(scenes: list[world.Scene]) -> None:
     torch.manual_seed(0)
     config = toy_pixart.transformer_config(2, 2, 16, 192)
     transformer = PixArtTransformer2DModel(**config)
@@ -201,8 +205,8 @@ def test_transformer_task_learns_with_its_probe(scenes: list[toy_world.Scene]) -
         transformer, reader.encoder, tokenizer, latents, owners, scenes, seed=0, probe_block=0
     )
     assert task.patches.shape == (len(scenes), 64, 2)
-    assert (task.patches[:, :32, 0] == len(toy_world.SHAPES)).all()  # ground
-    assert task.patches[3, 40, 0] == toy_world.SHAPES.index(scenes[3].things[0].shape)
+    assert (task.patches[:, :32, 0] == len(world.SHAPES)).all()  # ground
+    assert task.patches[3, 40, 0] == world.SHAPES.index(scenes[3].things[0].shape)
     optimizer = task.optimizer(3e-3)
     losses = []
     for _ in range(30):

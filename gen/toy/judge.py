@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from gen.toy_world import COLOURS, MATERIALS, SHAPES, SIZES, Camera, Caption, Scene
+from gen.toy.words import Caption
+from gen.toy.world import COLOURS, MATERIALS, SHAPES, SIZES, Camera, Scene
 
 CELL = 8  # pixels
 _PARTS = {

@@ -2,44 +2,48 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from gen import toy_world
-from gen.toy_world import Camera, Scene, Thing
+from gen.toy import words, world
+from gen.toy.render import render
+from gen.toy.solids import SOLIDS
+from gen.toy.words import describe
+from gen.toy.world import Camera, Scene, Thing
 
 
 def _scenes(count: int, seed: int = 11, which: str = "all") -> list[Scene]:
-    return list(itertools.islice(toy_world.scenes(seed, which=which), count))
+    return list(itertools.islice(world.scenes(seed, which=which), count))
 
 
 def _alone(**changes: object) -> Scene:
-    thing = {"shape": "sphere", "colour": "red", "size": "large", "material": "matte", "position": (0.0, 0.0, 0.0)}
-    return Scene(things=(Thing(**{**thing, **changes}),), relation="alone", background="grey")
+    thing = Thing(shape="sphere", colour="red", size="large", material="matte", position=(0.0, 0.0, 0.0))
+    return Scene(things=(replace(thing, **changes),), relation="alone", background="grey")
 
 
 def test_the_world_is_as_rich_as_promised() -> None:
-    assert len(toy_world.SHAPES) >= 8
-    assert len(toy_world.COLOURS) >= 10
-    assert len(toy_world.SIZES) == 3
-    assert len(toy_world.MATERIALS) == 2
-    assert len(toy_world.BACKGROUNDS) >= 6
-    assert {"left of", "right of", "in front of", "behind", "on top of"} <= set(toy_world.RELATIONS)
+    assert len(world.SHAPES) >= 8
+    assert len(world.COLOURS) >= 10
+    assert len(world.SIZES) == 3
+    assert len(world.MATERIALS) == 2
+    assert len(world.BACKGROUNDS) >= 6
+    assert {"left of", "right of", "in front of", "behind", "on top of"} <= set(world.RELATIONS)
     assert {len(s.things) for s in _scenes(200)} == {1, 2, 3}
 
 
 def test_a_scene_is_a_function_of_seed_and_index() -> None:
-    again = list(itertools.islice(toy_world.scenes(11, start=3, which="all"), 4))
+    again = list(itertools.islice(world.scenes(11, start=3, which="all"), 4))
     assert again == _scenes(7)[3:]
     assert _scenes(3, seed=12) != _scenes(3)
 
 
 def test_rendering_is_deterministic_and_does_not_depend_on_the_batch() -> None:
     scenes = _scenes(6)
-    together = toy_world.render(scenes)
-    assert torch.equal(together, toy_world.render(scenes))
-    alone = torch.cat([toy_world.render([s]) for s in scenes])
+    together = render(scenes)
+    assert torch.equal(together, render(scenes))
+    alone = torch.cat([render([s]) for s in scenes])
     assert (together - alone).abs().max() < 2e-3  # windows are shared, sums are ordered differently
     assert together.min() >= 0 and together.max() <= 1
 
@@ -47,18 +51,18 @@ def test_rendering_is_deterministic_and_does_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("which", ["seen", "held_out"])
 def test_held_out_pairs_stay_apart(which: str) -> None:
     pairs = {(t.colour, t.shape) for s in _scenes(300, which=which) for t in s.things}
-    assert (pairs <= toy_world.HELD_OUT) == (which == "held_out")
-    assert bool(pairs & toy_world.HELD_OUT) == (which == "held_out")
+    assert (pairs <= world.HELD_OUT) == (which == "held_out")
+    assert bool(pairs & world.HELD_OUT) == (which == "held_out")
     # every colour and every shape is still seen in training
-    colours, shapes = zip(*toy_world.colour_shape_pairs("seen"), strict=True)
-    assert set(colours) == set(toy_world.COLOURS) and set(shapes) == set(toy_world.SHAPES)
+    colours, shapes = zip(*world.colour_shape_pairs("seen"), strict=True)
+    assert set(colours) == set(world.COLOURS) and set(shapes) == set(world.SHAPES)
 
 
-@pytest.mark.parametrize("relation", toy_world.RELATIONS[1:-1])
+@pytest.mark.parametrize("relation", world.RELATIONS[1:-1])
 def test_positions_make_the_relation_true(relation: str) -> None:
     rng = random.Random(3)
     for _ in range(50):
-        first, second = toy_world.sample_scene(rng, relation=relation).things
+        first, second = world.sample_scene(rng, relation=relation).things
         (ax, ay, az), (bx, by, bz) = first.centre, second.centre
         assert {
             "left of": ax < bx - 0.5, "right of": ax > bx + 0.5, "in front of": ay < by - 0.5,
@@ -66,22 +70,23 @@ def test_positions_make_the_relation_true(relation: str) -> None:
         }[relation]  # fmt: skip
 
 
-@pytest.mark.parametrize("colour", toy_world.COLOURS)
+@pytest.mark.parametrize("colour", world.COLOURS)
 def test_a_thing_shows_its_colour(colour: str) -> None:
-    picture, owner = toy_world.render([_alone(colour=colour)], return_owner=True)
+    picture, owner = render([_alone(colour=colour)], return_owner=True)
     seen = picture[0][:, owner[0] == 0].mean(1)
-    paints = torch.tensor([toy_world.PAINT[c] for c in toy_world.COLOURS])
-    # direction in colour space tells hue; brown is dark orange, so brightness decides there
-    distance = (paints - seen).norm(dim=1) if colour in ("brown", "black", "white") else 1 - torch.cosine_similarity(
-        paints[:-2] - paints[:-2].mean(1, keepdim=True), (seen - seen.mean())[None], dim=1
-    )  # fmt: skip
-    nearest = toy_world.COLOURS[int(distance.argmin())]
+    paints = torch.tensor([world.PAINT[c] for c in world.COLOURS])
+    if colour in ("brown", "black", "white"):  # told apart by brightness
+        distance = (paints - seen).norm(dim=1)
+    else:  # by hue: the direction from grey
+        hues = paints[:-2] - paints[:-2].mean(1, keepdim=True)
+        distance = 1 - torch.cosine_similarity(hues, (seen - seen.mean())[None], dim=1)
+    nearest = world.COLOURS[int(distance.argmin())]
     assert nearest == colour or {nearest, colour} in ({"orange", "brown"}, {"red", "brown"}, {"pink", "red"})
 
 
-@pytest.mark.parametrize("shape", toy_world.SHAPES)
+@pytest.mark.parametrize("shape", world.SHAPES)
 def test_every_shape_stands_on_the_ground_and_fits_its_bounds(shape: str) -> None:
-    solid = toy_world.SOLIDS[shape]
+    solid = SOLIDS[shape]
     axis = torch.linspace(-1.6, 1.6, 81)
     x, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
     inside = solid.distance(x, y, z) <= 0
@@ -94,21 +99,21 @@ def test_every_shape_stands_on_the_ground_and_fits_its_bounds(shape: str) -> Non
 
 def test_size_and_material_show() -> None:
     areas = []
-    for size in toy_world.SIZES:
-        _, owner = toy_world.render([_alone(size=size)], return_owner=True)
+    for size in world.SIZES:
+        _, owner = render([_alone(size=size)], return_owner=True)
         areas.append(int((owner == 0).sum()))
     assert areas[0] < 0.75 * areas[1] and areas[1] < 0.75 * areas[2]
-    matte, shiny = toy_world.render([_alone(material=m) for m in toy_world.MATERIALS])
+    matte, shiny = render([_alone(material=m) for m in world.MATERIALS])
     assert shiny.max() > matte.max() - 0.05 and (shiny - matte).abs().mean() > 0.003
 
 
 def test_the_same_scene_can_be_seen_from_any_side() -> None:
     rng = random.Random(0)
-    scene = toy_world.sample_scene(rng, relation="left of")
+    scene = world.sample_scene(rng, relation="left of")
     counts = []
     for azimuth in (0, 90, 180, 270):
         camera = Camera(azimuth=azimuth)
-        _, owner = toy_world.render([scene], camera=camera, return_owner=True)
+        _, owner = render([scene], camera=camera, return_owner=True)
         for k, thing in enumerate(scene.things):
             column, row, _ = camera.project(torch.tensor(thing.centre), 128).tolist()
             ys, xs = (owner[0] == k).nonzero(as_tuple=True)
@@ -123,24 +128,24 @@ def test_the_same_scene_can_be_seen_from_any_side() -> None:
 
 def test_things_cast_soft_shadows() -> None:
     scene = _alone()
-    shaded = toy_world.render([scene])[0].mean(0)
-    empty = toy_world.render([Scene(things=(), relation="alone", background="grey")])[0].mean(0)
-    _, owner = toy_world.render([scene], return_owner=True)
+    shaded = render([scene])[0].mean(0)
+    empty = render([Scene(things=(), relation="alone", background="grey")])[0].mean(0)
+    _, owner = render([scene], return_owner=True)
     drop = (empty - shaded)[owner[0] < 0]
     assert drop.max() > 0.1  # there is a shadow
     assert ((drop > 0.02) & (drop < 0.08)).sum() > 100  # with a soft edge
 
 
 def test_captions_tell_the_truth_in_many_ways() -> None:
-    scene = toy_world.sample_scene(random.Random(5), relation="behind")
-    captions = [toy_world.describe(scene, random.Random(n)) for n in range(200)]
+    scene = world.sample_scene(random.Random(5), relation="behind")
+    captions = [describe(scene, random.Random(n)) for n in range(200)]
     assert len({c.text for c in captions}) > 120
     for caption in captions:
         assert caption.relation == "behind"
         for thing, said in zip(scene.things, caption.things, strict=True):
             assert said["shape"] == thing.shape and said["colour"] == thing.colour
             assert said["size"] in (None, thing.size) and said["material"] in (None, thing.material)
-            assert any(word in caption.text for word in toy_world.SHAPE_WORDS[thing.shape])
-    assert captions[0] == toy_world.describe(scene, random.Random(0))
+            assert any(word in caption.text for word in words.SHAPE_WORDS[thing.shape])
+    assert captions[0] == describe(scene, random.Random(0))
     articles = [c.text for c in captions]
     assert not any(f" a {vowel}range" in t for t in articles for vowel in "o")

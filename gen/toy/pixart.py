@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from gen import toy_world
 from gen.optim import MuonAdamW, split_parameters
-from gen.toy_world import BACKGROUNDS, COLOURS, MATERIALS, SHAPES, SIZES, Caption, Scene
+from gen.toy import words, world
+from gen.toy.words import Caption, describe
+from gen.toy.world import BACKGROUNDS, COLOURS, MATERIALS, SHAPES, SIZES, Scene
 
 
 def seeded_generator(key: str) -> torch.Generator:
@@ -37,24 +38,24 @@ def vocabulary() -> list[tuple[str, float]]:
     """Unigram pieces and scores: every word of the grammar is one piece, anything else falls apart into
     letters."""
     tables = (
-        toy_world.SHAPE_WORDS,
-        toy_world.COLOUR_WORDS,
-        toy_world.SIZE_WORDS,
-        toy_world.MATERIAL_WORDS,
-        toy_world.BACKGROUND_WORDS,
-        toy_world.RELATION_WORDS,
+        words.SHAPE_WORDS,
+        words.COLOUR_WORDS,
+        words.SIZE_WORDS,
+        words.MATERIAL_WORDS,
+        words.BACKGROUND_WORDS,
+        words.RELATION_WORDS,
     )
-    text = " ".join(w for table in tables for words in table.values() for w in words)
+    text = " ".join(w for table in tables for row in table.values() for w in row)
     text += (
         " "
-        + " ".join(toy_world.OPENINGS)
+        + " ".join(words.OPENINGS)
         + " a an the one it that is on against background ground floor with and"
     )
     for mark in ("{a}", "{b}", "{c}", "{b2}", ","):
         text = text.replace(mark, " ")
-    words = sorted(set(text.lower().split()))
+    known = sorted(set(text.lower().split()))
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("▁" + w, -3.0) for w in words]
+    pieces += [("▁" + w, -3.0) for w in known]
     return pieces + [(c, -8.0) for c in ("▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&+")]
 
 
@@ -159,11 +160,9 @@ class TextTask:
         return torch.optim.AdamW(self.module.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
 
     def _captions(self, rng: random.Random, n: int, which: str) -> list[Caption]:
-        pairs = toy_world.colour_shape_pairs(which)
+        pairs = world.colour_shape_pairs(which)
         return [
-            toy_world.describe(
-                toy_world.sample_scene(rng, pairs=pairs, weights=(1, 1, 1, 1, 1, 1.2, 1.5)), rng
-            )
+            describe(world.sample_scene(rng, pairs=pairs, weights=(1, 1, 1, 1, 1, 1.2, 1.5)), rng)
             for _ in range(n)
         ]
 
@@ -452,7 +451,7 @@ class TransformerTask:
         rng = self.rng
         picks = torch.randint(len(self.latents), (batch,), generator=rng)
         texts = [
-            "" if self.random.random() < 0.1 else toy_world.describe(self.scenes[i], self.random).text
+            "" if self.random.random() < 0.1 else describe(self.scenes[i], self.random).text
             for i in picks.tolist()
         ]
         ids, mask = tokenize(self.tokenizer, texts, self.device)
@@ -522,7 +521,7 @@ class Sampler:
 
     def __call__(self, transformer: nn.Module, folder: Path) -> dict[str, float]:
         from gen import evaluate
-        from gen.judge import load_judge
+        from gen.toy.judge import load_judge
 
         pipeline = assemble(transformer, self.work)
         asked = evaluate.prompts(self.count)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from gen import toy_world
+from gen.toy.render import render
 
 SHARD = 1000
 PATCH = 16
@@ -54,10 +54,10 @@ def render_shards(
     todo = [s for s in range(0, count, SHARD) if not shard_path(folder, s).exists()][rank::world]
     began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
     for done, start in enumerate(todo, 1):
-        stream = itertools.islice(toy_world.scenes(seed, start=start, which=which), SHARD)
+        stream = itertools.islice(world.scenes(seed, start=start, which=which), SHARD)
         images, owners = [], []
         while chunk := list(itertools.islice(stream, batch)):
-            picture, owner = toy_world.render(chunk, device=device, return_owner=True)
+            picture, owner = render(chunk, device=device, return_owner=True)
             images.append((picture * 255).round().to("cpu", torch.uint8))
             owners.append(patch_owners(owner).cpu())
         temporary = folder / f".{start:07d}.{os.getpid()}"
@@ -71,14 +71,46 @@ def render_shards(
 def load_shards(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures (N, 3, 128, 128) uint8 and owners (N, 8, 8) int8 of the first `count` scenes that are
     rendered."""
-    images, owners = [], []
+    shards = list(_shards(folder, count))
+    if not shards:
+        raise FileNotFoundError(f"no rendered scenes in {folder}")
+    return torch.cat([s["images"] for s in shards]), torch.cat([s["owners"] for s in shards])
+
+
+def encode_shards(
+    scenes: Path,
+    latents: Path,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    count: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    report: Callable[[str], None] = print,
+) -> None:
+    """What is missing of the latents of scenes 0..count-1, from their pictures; shares work as
+    `render_shards`."""
+    latents.mkdir(parents=True, exist_ok=True)
+    todo = [s for s in range(0, count, SHARD) if not shard_path(latents, s).exists()][rank::world]
+    for done, start in enumerate(todo, 1):
+        shard = load_file(shard_path(scenes, start))
+        temporary = latents / f".{start:07d}.{os.getpid()}"
+        save_file({"latents": encode(shard["images"]), "owners": shard["owners"]}, temporary)
+        temporary.replace(shard_path(latents, start))
+        report(f"encoded {done * SHARD}/{len(todo) * SHARD} scenes")
+
+
+def load_latents(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (N, 4, 16, 16) float16 and owners (N, 8, 8) int8 of the first `count` scenes that are
+    encoded."""
+    shards = list(_shards(folder, count))
+    if not shards:
+        raise FileNotFoundError(f"no encoded scenes in {folder}")
+    return torch.cat([s["latents"] for s in shards]), torch.cat([s["owners"] for s in shards])
+
+
+def _shards(folder: Path, count: int) -> Iterator[dict[str, torch.Tensor]]:
     for start in range(0, count, SHARD):
         path = shard_path(folder, start)
         if not path.exists():
-            break
-        shard = load_file(path)
-        images.append(shard["images"])
-        owners.append(shard["owners"])
-    if not images:
-        raise FileNotFoundError(f"no rendered scenes in {folder}")
-    return torch.cat(images), torch.cat(owners)
+            return
+        yield load_file(path)

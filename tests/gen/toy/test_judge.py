@@ -7,9 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gen import evaluate, toy_world
-from gen.judge import CELL, Judge, JudgeTask, Seen, augment, holds, load_judge, read, save_judge, targets, verdict
-from gen.toy_world import Camera, Caption
+from gen import evaluate
+from gen.toy import world
+from gen.toy.judge import (
+    CELL,
+    Judge,
+    JudgeTask,
+    Seen,
+    augment,
+    holds,
+    load_judge,
+    read,
+    save_judge,
+    targets,
+    verdict,
+)
+from gen.toy.render import render
+from gen.toy.words import Caption, describe
+from gen.toy.world import Camera
 
 
 def _seen(shape: str, colour: str, column: float, row: float = 64.0, y: float = 0.0, z: float = 0.6) -> Seen:
@@ -63,15 +78,14 @@ def test_three_things_must_stand_from_left_to_right() -> None:
     assert verdict(caption, swapped).bound and not verdict(caption, swapped).placed
 
 
-@pytest.mark.parametrize("relation", toy_world.RELATIONS[1:-1])
+@pytest.mark.parametrize("relation", world.RELATIONS[1:-1])
 def test_relations_of_real_scenes_hold_and_their_opposites_do_not(relation: str) -> None:
     rng = random.Random(1)
     for _ in range(40):
-        scene = toy_world.sample_scene(rng, relation=relation)
+        scene = world.sample_scene(rng, relation=relation)
         spots = Camera().project(torch.tensor([t.centre for t in scene.things]), 128)[:, :2].tolist()
         a, b = (
-            Seen(shape=t.shape, colour=t.colour, size=t.size, material=t.material, spot=tuple(s), place=t.centre,
-                 confidence=1.0)
+            replace(_seen(t.shape, t.colour, s[0]), spot=tuple(s), place=t.centre)
             for t, s in zip(scene.things, spots, strict=True)
         )  # fmt: skip
         assert holds(relation, a, b)
@@ -79,8 +93,8 @@ def test_relations_of_real_scenes_hold_and_their_opposites_do_not(relation: str)
 
 
 def test_targets_lie_where_the_things_are_seen() -> None:
-    scenes = list(itertools.islice(toy_world.scenes(2, which="all"), 20))
-    _, owner = toy_world.render(scenes, return_owner=True)
+    scenes = list(itertools.islice(world.scenes(2, which="all"), 20))
+    _, owner = render(scenes, return_owner=True)
     truth = targets(scenes)
     rows = iter(zip(truth["scene"].tolist(), truth["row"].tolist(), truth["column"].tolist(), strict=True))
     hits = total = 0
@@ -95,8 +109,8 @@ def test_targets_lie_where_the_things_are_seen() -> None:
 
 
 def test_the_judge_learns_to_find_and_name_things() -> None:
-    scenes = list(itertools.islice(toy_world.scenes(3, which="all"), 16))
-    pictures = (toy_world.render(scenes) * 255).round().to(torch.uint8)
+    scenes = list(itertools.islice(world.scenes(3, which="all"), 16))
+    pictures = (render(scenes) * 255).round().to(torch.uint8)
     task = JudgeTask(pictures, scenes, seed=0)
     optimizer = task.optimizer(3e-3)
     losses = []
@@ -126,27 +140,27 @@ def test_prompts_are_fixed_varied_and_held_out() -> None:
     assert shares == {"one": 20, "two": 24, "three": 8, "held-out": 12}
     for p in asked:
         pairs = {(t["colour"], t["shape"]) for t in p.caption.things}
-        assert (pairs <= toy_world.HELD_OUT) == (p.group == "held-out")
+        assert (pairs <= world.HELD_OUT) == (p.group == "held-out")
         assert len(p.caption.things) == {"one": 1, "two": 2, "three": 3, "held-out": 1}[p.group]
     assert len({p.caption.relation for p in asked if p.group == "two"}) == 5
 
 
 def test_scores_count_what_the_judge_reads() -> None:
-    """Renders of the very scenes that are asked for must score high, shuffled ones low - with the shipped judge."""
+    """By the shipped judge, renders of the very scenes that are asked for score high, shuffled ones low."""
     from weights import store
 
     folder = store.find("judge-toy")
-    assert folder is not None, "the judge's weights are missing: gen train judge:toy --output weights/toy/judge"
+    assert folder is not None, "no judge: gen train judge:toy --output weights/toy/judge"
     judge = load_judge(folder)
     scenes, asked = [], []
     for n in range(64):
         rng = random.Random(f"score:{n}")
-        scene = toy_world.sample_scene(rng, relation=("alone", "left of", "behind", "on top of")[n % 4])
-        caption = toy_world.describe(scene, rng)
+        scene = world.sample_scene(rng, relation=("alone", "left of", "behind", "on top of")[n % 4])
+        caption = describe(scene, rng)
         scenes.append(scene)
         group = "one" if n % 4 == 0 else "two"
         asked.append(evaluate.Prompt(text=caption.text, caption=caption, group=group))
-    pictures = torch.cat([toy_world.render(scenes[i : i + 32]) for i in (0, 32)])
+    pictures = torch.cat([render(scenes[i : i + 32]) for i in (0, 32)])
     good = evaluate.score_pictures(judge, pictures, asked)
     assert good["one object"] >= 90 and good["two objects"] >= 85 and good["relation"] >= 80
     bad = evaluate.score_pictures(judge, pictures.roll(4, 0), asked)
