@@ -152,6 +152,10 @@ def test_prompts_come_from_files_and_stdin(gen, tmp_path, monkeypatch):
     ]
 
 
+def test_a_prompt_without_quotes_is_put_together(gen):
+    assert planned(gen, "red", "cube")["prompt"] == "x red cube"
+
+
 def test_json_is_one_envelope(gen):
     code, out, _ = gen("run", "pixart-sigma", "a red cube", *SMALL, "--json", "--count", "2", "--seed", "5")
     assert code == 0
@@ -195,7 +199,8 @@ def test_a_dry_run_knows_time_and_memory_from_history(gen):
     _, out, _ = gen("run", "pixart-sigma", "another", *SMALL, "--dry-run", "--json", "--count", "3")
     [plan] = json.loads(out)["data"]["plans"]
     past = library.search()[0]
-    assert plan["seconds"] == pytest.approx(3 * past.seconds, abs=0.01)
+    loading = past.recipe["seconds"]["loading"]
+    assert plan["seconds"] == pytest.approx(loading + 3 * (past.seconds - loading), abs=0.02)
     assert plan["peak_bytes"] == past.peak_bytes
     assert plan["parameters"] * 4 == plan["weights_bytes"]
 
@@ -303,6 +308,8 @@ def test_a_mistake_in_gen_toml_is_not_idle(gen, tmp_path, monkeypatch, text, wor
             "cannot all be two.png",
         ),
         (["run", "pixart-sigma", "x", "-o", "/dev/null/below"], 1, "Cannot write to /dev/null/below"),
+        (["run", "pixart-sigma", "x", "-o", "picture.jpg"], 2, "Say picture.png"),
+        (["run", "pixart-sigma", "x", "-o", "bytes\udcff"], 2, "is not text"),
         (["rum"], 2, "Did you mean run?"),
         (["pixart-sigma", "a red cube"], 2, "gen run pixart-sigma PROMPT"),
         (["show", "nothing"], 2, "The models are"),

@@ -209,11 +209,8 @@ def test_numbers_that_overflow_are_named_with_their_step(damaged):
 def test_running_out_of_memory_is_said_so():
     import torch
 
-    loader.load(
-        engine.catalog.MODELS["pixart-sigma"],
-        engine.catalog.choose(*engine.catalog.find("pixart-sigma:toy"))[2],
-        Settings(),
-    )
+    [*engine.run(build(steps=1))]
+    assert loader._kept
     with pytest.raises(GenError, match="64x96 did not fit") as caught, engine._explained(build()):
         torch.empty(2**55)
     assert caught.value.code == "out_of_memory"

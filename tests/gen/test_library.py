@@ -111,10 +111,12 @@ def test_deleting_removes_row_and_file_and_forgives_a_file_that_is_gone():
 
 
 def test_typical_is_the_median_of_the_same_work():
-    for seconds in (1.0, 9.0, 2.0):
-        add(entry(seconds=seconds, peak_bytes=int(seconds)))
+    for loading, seconds in ((0.5, 1.5), (0, 9.0), (0, 2.0)):
+        recipe = {"request": {"inputs": {"steps": 20}}, "seconds": {"loading": loading}}
+        add(entry(seconds=seconds, peak_bytes=int(seconds), recipe=recipe))
     add(entry(seconds=100.0, width=128))
-    assert library.typical("pixart-sigma", "toy", {"width": 64, "height": 96, "steps": 20}) == (2.0, 2)
+    work = {"width": 64, "height": 96, "steps": 20}
+    assert library.typical("pixart-sigma", "toy", work) == library.Typical(0.5, 2.0, 2)
     assert library.typical("pixart-sigma", "toy", {"width": 64, "height": 96, "steps": 21}) is None
 
 
