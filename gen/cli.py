@@ -1,291 +1,27 @@
-"""The `gen` command: parse, call, print. Results go to stdout, talk goes to stderr, errors end in an exit
-code.
+"""The front door of the command line: whatever happens behind it ends in a clear message and an exit code.
 
-Nothing heavy is imported at the top: `gen --help` and `gen list` answer before torch could be loaded.
+Results go to stdout, talk goes to stderr. The commands themselves are in gen.commands; they are imported only
+once signals are in hand, so that Ctrl-C during the first tenth of a second is as calm as later.
 """
 
 from __future__ import annotations
 
-import errno
-import io
-import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-import click
-
-from gen import catalog, cli_run, printing
-from gen.errors import GenError, cancelled, did_you_mean
-from gen.progress import Progress
-from gen.request import DEVICES
-
-if TYPE_CHECKING:
-    from gen.library import Entry
-
-ONCE = ("prompt", "prompts", "repeat", "seed", "help")  # options of one run, which gen.toml may not set
-
-
-class Commands(click.Group):
-    """Our own commands, and those that other packages add through the entry-point group `gen.commands`."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Ours in the order of the file, then the added ones."""
-        return [*self.commands, *sorted({one.name for one in _added()} - set(self.commands))]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of this name; installed packages are searched only when it is not ours."""
-        if cmd_name in self.commands:
-            return self.commands[cmd_name]
-        return next((one.load() for one in _added() if one.name == cmd_name), None)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, with our own sentence for an unknown name."""
-        name = args[0]
-        if name.startswith("-") or self.get_command(ctx, name) is not None:
-            return super().resolve_command(ctx, args)
-        commands = self.list_commands(ctx)
-        hint = did_you_mean(name[:60], commands) or f"The commands are {', '.join(commands)}."
-        if name.partition(":")[0] in catalog.MODELS:
-            hint = f"To draw with it: gen run {name} PROMPT"
-        raise GenError(f"There is no command '{name[:60]}'.", hint, "bad_input")
-
-
-def _added() -> Sequence[Any]:
-    from importlib.metadata import entry_points
-
-    return [*entry_points(group="gen.commands")]
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="gen-studio", prog_name="gen", message="%(prog)s %(version)s")
-@click.pass_context
-def cli(ctx: click.Context) -> None:
-    """Pictures from diffusion transformers, on this machine.
-
-    Results go to stdout, one per line; progress and messages to stderr. Options may also come from the
-    environment (GEN_STEPS for --steps) or from gen.toml, in this folder or in ~/.config/gen-studio, with a
-    table for each command. What is typed wins over the environment, and that over gen.toml.
-
-    \b
-    Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 not installed, 4 corrupt weights, 5 out of memory,
-    6 disk full, 7 no server, 130 cancelled.
-    """
-    ctx.default_map = _config()
-
-
-cli.add_command(cli_run.command)
-
-
-@cli.command("list", short_help="Show the models and what is installed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--quiet", "-q", is_flag=True, help="Names of installed weights only.")
-def list_models(as_json: bool, quiet: bool) -> None:
-    """Show the models and which of their weights are on this machine."""
-    rows = [_weights(row, tag) for row in catalog.MODELS.values() for tag in row.weights]
-    if as_json:
-        models = [
-            {"name": row.name, "summary": row.summary, "makes": row.makes} for row in catalog.MODELS.values()
-        ]
-        printing.ok({"models": models, "weights": rows})
-    elif quiet:
-        for row in rows:
-            if row["installed"]:
-                printing.line(row["name"])
-    else:
-        _weights_table(rows, "summary")
-
-
-@cli.command(short_help="Show a model and the options it takes.")
-@click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def show(model: str, as_json: bool) -> None:
-    """Show a model: its weights and the options that it takes."""
-    row, tag = catalog.find(model)
-    tag = tag or next(iter([*catalog.installed(row), *row.weights]))
-    weights = [_weights(row, one) for one in row.weights]
-    inputs = row.inputs_for(tag)
-    if as_json:
-        about = {"name": row.name, "summary": row.summary, "makes": row.makes, "weights": weights}
-        printing.ok(about | {"inputs_for": tag, "inputs": [one.to_json() for one in inputs]})
-        return
-    printing.line(f"{row.name}: {row.summary}\n")
-    _weights_table(weights, "source")
-    printing.line(f"\nOptions with {row.name}:{tag}")
-    table = [("OPTION", "DEFAULT", "LIMITS", "MEANING")]
-    for one in inputs:
-        default = "(required)" if one.required else "" if one.default is None else str(one.default)
-        table.append((f"--{one.name.replace('_', '-')}", default, one.limits(), one.help))
-    printing.table(table)
-
-
-def _weights(row: catalog.Model, tag: str) -> dict[str, Any]:
-    facts = row.checkpoint(tag)
-    return {
-        "name": f"{row.name}:{tag}",
-        "installed": tag in catalog.installed(row),
-        "native_size": facts.native_size,
-        "licence": facts.licence,
-        "summary": facts.summary,
-        "toy": facts.is_toy,
-        "source": facts.repo_id or f"embedded in {facts.folder}",
-    }
-
-
-def _weights_table(rows: list[dict[str, Any]], last: str) -> None:
-    header = ("WEIGHTS", "INSTALLED", "SIZE", "LICENCE", last.upper())
-    printing.table(
-        [header]
-        + [
-            (
-                row["name"],
-                "yes" if row["installed"] else "-",
-                str(row["native_size"]),
-                row["licence"],
-                row[last],
-            )
-            for row in rows
-        ]
-    )
-
-
-@cli.command(short_help="Show what was drawn, newest first.")
-@click.argument("text", required=False, default="")
-@click.option("--model", metavar="MODEL", help="Only pictures of this model.")
-@click.option(
-    "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="At most so many."
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, recipes included.")
-@click.option("--quiet", "-q", is_flag=True, help="Ids only.")
-def history(text: str, model: str | None, limit: int, as_json: bool, quiet: bool) -> None:
-    """Show what was drawn, newest first; TEXT is words of the prompt, a seed or an id."""
-    from gen import library
-
-    name = catalog.find(model)[0].name if model is not None else None
-    entries = library.search(text, name, limit)
-    if as_json:
-        printing.ok({"results": [entry.to_json() for entry in entries]})
-    elif quiet:
-        for entry in entries:
-            printing.line(entry.id)
-    elif entries:
-        header = ("ID", "WHEN", "WEIGHTS", "SIZE", "SEED", "PROMPT")
-        printing.table([header, *(_history_line(entry) for entry in entries)])
-    else:
-        click.echo("Nothing found." if text or model else "Nothing was drawn yet.", err=True)
-
-
-def _history_line(entry: Entry) -> tuple[str, ...]:
-    moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.created))
-    prompt = " ".join(entry.prompt.split())
-    prompt = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-    size = f"{entry.width}x{entry.height}"
-    return entry.id, moment, f"{entry.model}:{entry.weights}", size, str(entry.seed), prompt
-
-
-DEVICE = click.option(
-    "--device", type=click.Choice(DEVICES), default="auto", envvar="GEN_DEVICE", help="Where to compute."
-)
-
-
-@cli.command(short_help="Train weights from a recipe.")
-@click.argument("name")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write the weights to.")
-@click.option("--resume/--fresh", default=True, show_default=True, help="Go on from the last training.")
-@DEVICE
-@click.option(
-    "--minutes", type=click.FloatRange(0, min_open=True), help="Stop in good order after this time."
-)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads to use.")
-def train(
-    name: str, output: Path | None, resume: bool, device: str, minutes: float | None, threads: int | None
-) -> None:
-    """Train weights from a recipe, e.g. pixart-sigma:toy, and print their folder."""
-    from gen import train as training
-
-    folder = training.train(
-        name, output=output, resume=resume, device=device, minutes=minutes, threads=threads
-    )
-    printing.line(str(folder))
-
-
-@cli.command(short_help="Measure the quality of weights.")
-@click.argument("name")
-@click.option("--prompts", type=click.IntRange(1, 100_000), default=512, show_default=True, help="How many.")
-@click.option("--steps", type=click.IntRange(1, 200), default=20, show_default=True, help="Denoising steps.")
-@DEVICE
-@click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Save a sheet of pictures.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def evaluate(name: str, prompts: int, steps: int, device: str, grid: Path | None, as_json: bool) -> None:
-    """Measure weights, e.g. pixart-sigma:toy, against what they are expected to reach."""
-    from gen import evaluate as evaluation
-
-    talk = Progress()
-    table = evaluation.evaluate(name, prompts=prompts, steps=steps, device=device, grid=grid, report=talk.say)
-    if as_json:
-        printing.ok(table)
-    else:
-        printing.line(evaluation.markdown(table))
-
-
-# --- gen.toml ----------------------------------------------------------------------------------------
-
-
-def _config() -> dict[str, dict[str, Any]]:
-    """gen.toml as click's default map: a table per command, e.g. [run] with steps = 30. Raises bad_input."""
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "gen-studio" / "gen.toml"
-    merged: dict[str, dict[str, Any]] = {}
-    for path in (config, Path("gen.toml")):  # the nearer one last: it wins
-        if not path.is_file():
-            continue
-        import tomllib
-
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            message = f"{path} cannot be read: {error}."
-            raise GenError(message, "Mend the file or move it away.", "bad_input") from None
-        for name, table in tables.items():
-            merged.setdefault(name, {}).update(_checked_table(path, name, table))
-    return merged
-
-
-def _checked_table(path: Path, name: str, table: Any) -> dict[str, Any]:
-    """A table of gen.toml whose keys are options of the command: a mistyped one must not be silently idle."""
-    ctx = click.Context(cli)
-    command = cli.get_command(ctx, name)
-    if command is None or not isinstance(table, dict):
-        commands = cli.list_commands(ctx)
-        hint = did_you_mean(name, commands) or f"Write a table for a command, {', '.join(commands)}."
-        raise GenError(f"{path}: '{name}' is not a table for a command.", hint, "bad_input")
-    known = {str(one.name) for one in command.params if isinstance(one, click.Option) and not one.is_flag}
-    known -= set(ONCE)
-    for key in table:
-        if key not in known:
-            hint = did_you_mean(key, known) or f"[{name}] knows {', '.join(sorted(known))}."
-            raise GenError(f"{path}: [{name}] knows no '{key}'.", hint, "bad_input")
-    return table
-
-
-# --- ending ----------------------------------------------------------------------------------------
+from gen import printing
+from gen.errors import GenError, cancelled
 
 
 def main() -> None:
     """The console script."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "ü" must not end the command
-            stream.reconfigure(errors="backslashreplace")
-    # What a pipeline warns of, the engine says in an Event, once and with what to do.
-    logging.getLogger("pipelines").setLevel(logging.ERROR)
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # "ü" ends no command
     sys.exit(execute(sys.argv[1:]))
 
 
@@ -293,50 +29,50 @@ def execute(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     try:
         error = _attempt(arguments)
-        if error is None:
-            return 0
-        return _tell(error, as_json="--json" in arguments or "--stream" in arguments)
+        return 0 if error is None else _tell(error, as_json="--json" in arguments or "--stream" in arguments)
     except printing.Unwritable as unwritable:
-        broken = unwritable.cause
-        # The reader of stdout has gone, as `head` does, or stdout is a file on a full disk. What Python still
-        # holds must go nowhere, else it complains once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if broken.errno == errno.EPIPE:
-            return 1
-        full = GenError(f"Cannot write to stdout: {broken.strerror}.", "Free some space.", "disk_full")
-        return _tell(full, as_json=False)
+        return _without_stdout(unwritable.cause)
 
 
 def _attempt(arguments: Sequence[str]) -> GenError | None:
-    """Everything that can end a command becomes a GenError, but for a stdout that cannot be written to."""
+    """Run the command. What can end one becomes a GenError, but for a stdout that cannot be written to."""
     stopped: list[int] = []  # signals that came
     try:
         with _signals(stopped):
-            cli.main(args=[*arguments], prog_name="gen", standalone_mode=False)
+            from gen import commands
+
+            commands.cli.main(args=[*arguments], prog_name="gen", standalone_mode=False)
         return None
     except GenError as error:
         return error
-    except click.UsageError as error:  # click's complaints about the command line, in our form
-        path = error.ctx.command_path if error.ctx else "gen"
-        code = "unknown_option" if isinstance(error, click.NoSuchOption) else "bad_input"
-        return GenError(error.format_message().rstrip(".") + ".", f"See: {path} --help", code)
-    except (KeyboardInterrupt, click.Abort):
-        return cancelled()
     except printing.Unwritable:
         raise
+    except KeyboardInterrupt:
+        return cancelled()
     except Exception as error:
-        # Some libraries turn a signal that comes while they are imported into an ImportError.
-        return cancelled() if stopped else _bug(error)
+        # click has an Abort of its own, and a signal while a library is imported may come as an ImportError.
+        return cancelled() if stopped else _usage(error) or _bug(error)
+
+
+def _usage(error: Exception) -> GenError | None:
+    """Click's complaints about the command line, in our form."""
+    import click
+
+    if not isinstance(error, click.UsageError):
+        return None
+    path = error.ctx.command_path if error.ctx else "gen"
+    code = "unknown_option" if isinstance(error, click.NoSuchOption) else "bad_input"
+    return GenError(error.format_message().rstrip(".") + ".", f"See: {path} --help", code)
 
 
 def _tell(error: GenError, as_json: bool) -> int:
-    """The error on stderr, and on stdout as well when a program reads it."""
+    """The error on stderr, and on stdout as well when a program reads it. Returns the exit code."""
     if as_json:
         finished = {"data": {"results": error.finished}} if error.finished else {}
         printing.as_json({"ok": False, "error": error.to_json(), **finished})
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     word = "\x1b[31merror:\x1b[0m" if colour else "error:"
-    click.echo("\n".join(filter(None, (f"{word} {error.message}", error.hint))), err=True)
+    print("\n".join(filter(None, (f"{word} {error.message}", error.hint))), file=sys.stderr)
     return error.exit_code
 
 
@@ -356,6 +92,18 @@ def _bug(error: Exception) -> GenError:
     )
 
 
+def _without_stdout(cause: OSError) -> int:
+    """The reader of stdout has gone, as `head` does, or stdout is a file on a full disk."""
+    import errno
+
+    # What Python still holds must go nowhere, else it complains once more when it flushes at the end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if cause.errno == errno.EPIPE:
+        return 1
+    full = GenError(f"Cannot write to stdout: {cause.strerror}.", "Free some space.", "disk_full")
+    return _tell(full, as_json=False)
+
+
 @contextmanager
 def _signals(came: list[int]) -> Iterator[None]:
     """SIGTERM ends a command in the same good order as Ctrl-C. What the parent had ignored stays ignored."""
@@ -373,6 +121,14 @@ def _signals(came: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "cli":  # the click group, for documents and tests
+        from gen import commands
+
+        return commands.cli
+    raise AttributeError(f"module 'gen.cli' has no attribute {name!r}")
 
 
 if __name__ == "__main__":
