@@ -218,39 +218,27 @@ class PixArtSigmaPipeline:
         self.check(**arguments)
         # 2. Words to text states, the unconditional half first
         guided = guidance_scale > 1.0
-        captions, mask = self._captions(
-            prompt,
-            prompt_embeds,
-            prompt_attention_mask,
-            num_images_per_prompt,
-            clean_caption,
-            max_sequence_length,
-        )
+        limits = {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length}
+        captions, mask = self._captions(prompt, prompt_embeds, prompt_attention_mask, **limits)
+        captions, mask = _repeat(captions, mask, num_images_per_prompt)
+        batch = len(captions)
         if guided:
-            negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
             empty, empty_mask = self._captions(
-                negative_prompts,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                num_images_per_prompt if len(negative_prompts) > 1 else captions.shape[0],
-                clean_caption,
-                max_sequence_length,
+                negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, **limits
             )
-            batch = captions.shape[0]
-            captions, mask = _stack((empty, empty_mask), (captions, mask))
-        else:
-            batch = captions.shape[0]
+            captions, mask = _stack(_repeat(empty, empty_mask, batch // len(empty)), (captions, mask))
         text = self.transformer.text_states(captions, mask)
-        # 3. Start from noise
-        size = self.drawn_size(height, width, use_resolution_binning)
+        # 3. Lay out the schedule, on a copy: runs share nothing
         scheduler = copy.deepcopy(self.scheduler)
-        noise = self.noise(batch, *size, generator) if latents is None else latents
-        latents = noise.to(self.device, torch.float32) * scheduler.init_noise_sigma
-        # 4. Walk the schedule
         if timesteps is None:
             scheduler.set_timesteps(num_inference_steps, device=self.device)
         else:
             scheduler.set_timesteps(timesteps=list(timesteps), device=self.device)
+        # 4. Start from noise, as strong as the schedule begins
+        size = self.drawn_size(height, width, use_resolution_binning)
+        noise = self.noise(batch, *size, generator) if latents is None else latents
+        latents = noise.to(self.device, torch.float32) * scheduler.init_noise_sigma
+        # 5. Walk
         modulation = self.transformer.modulation(scheduler.timesteps, self.micro_conditions(*size))
         predict = self.predictor(text, modulation, guidance_scale if guided else 1.0)
         extra = _accepted(scheduler.step, {"generator": generator, "eta": eta})
@@ -319,7 +307,7 @@ class PixArtSigmaPipeline:
         _check_embeds("prompt", prompt_embeds, prompt_attention_mask)
         _check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
         prompts = _rows(prompt, prompt_embeds)
-        negatives = _rows(negative_prompt, negative_prompt_embeds)
+        negatives = _rows(negative_prompt, negative_prompt_embeds)  # one serves all prompts
         if guidance_scale > 1.0 and negatives not in (1, prompts):
             raise ValueError(f"there are {negatives} negative prompts for {prompts} prompts")
         _check_integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
@@ -449,21 +437,13 @@ class PixArtSigmaPipeline:
     # Below stairs
 
     def _captions(
-        self,
-        prompt: str | list[str] | None,
-        embeds: Tensor | None,
-        mask: Tensor | None,
-        repeats: int,
-        clean_caption: bool,
-        max_sequence_length: int,
+        self, texts: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, **limits: Any
     ) -> tuple[Tensor, Tensor]:
-        """(B * repeats, L, D) and (B * repeats, L), each prompt's pictures side by side."""
+        """(B, L, D) and (B, L), on the transformer's device: what was handed in, else the texts encoded."""
         if embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-            embeds, mask = self.encode(prompts, max_sequence_length, clean_caption)
+            embeds, mask = self.encode([texts] if isinstance(texts, str) else list(texts or []), **limits)
         assert mask is not None
-        embeds = embeds.to(self.device, self.transformer.dtype)
-        return embeds.repeat_interleave(repeats, 0), mask.to(self.device).repeat_interleave(repeats, 0)
+        return embeds.to(self.device, self.transformer.dtype), mask.to(self.device)
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         return height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -535,6 +515,11 @@ def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     padded = torch.stack([functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
     lengths = torch.tensor([len(row) for row in rows], device=padded.device)
     return padded, torch.arange(longest, device=padded.device) < lengths[:, None]
+
+
+def _repeat(captions: Tensor, mask: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Each row several times, side by side."""
+    return captions.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
 
 
 def _stack(*batches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

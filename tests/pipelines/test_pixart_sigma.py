@@ -247,6 +247,24 @@ def test_own_latents_and_embeddings_are_used(pipeline: PixArtSigmaPipeline) -> N
     assert relative(found, expected) <= 1e-5
 
 
+def test_embeddings_of_several_prompts_pair_up_with_their_negatives(pipeline: PixArtSigmaPipeline) -> None:
+    given: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "num_images_per_prompt": 2}
+    prompts, negatives = ["a red cube", "two cones"], ["blue", "a big ring"]
+    expected = pipeline(prompts, negative_prompt=negatives, generator=seeded(1, 2, 3, 4), **given).images
+    embeds, mask = pipeline.encode(prompts)
+    negative_embeds, negative_mask = pipeline.encode(negatives)
+    found = pipeline(
+        prompt_embeds=embeds,
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=negative_embeds,
+        negative_prompt_attention_mask=negative_mask,
+        generator=seeded(1, 2, 3, 4),
+        **given,
+    ).images
+    assert found.shape == (4, 4, 16, 16)
+    assert relative(found, expected) <= 1e-5
+
+
 def test_texts_are_encoded_at_their_own_length_whatever_their_neighbours(
     pipeline: PixArtSigmaPipeline,
 ) -> None:
