@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 120_000  # milliseconds for anything on the page: only a failure ever waits that long
 CHROMIUM_FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -120,6 +121,7 @@ def browser() -> Iterator[Browser]:
             "The browser tests need Chromium, and there is no `chromium` on PATH: run `make setup test`, "
             "or scripts/install_chromium.sh alone."
         )
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=[*CHROMIUM_FLAGS])
         yield browser
@@ -152,7 +154,7 @@ def looking(browser: Browser, url: str, **context: object) -> Iterator[Page]:
     """Open the page in a fresh profile. In the end no request has gone elsewhere, and nothing complained."""
     watched = Watched()
     profile = browser.new_context(**context)
-    profile.set_default_timeout(30_000)
+    profile.set_default_timeout(PATIENCE)
     page = profile.new_page()
     page.add_init_script(NOTE_PROGRESS)
     page.on("request", lambda request: watched.requests.append(request.url))

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ def generate(page: Page, prompt: str, **numbers: int) -> None:
 
 def result(page: Page) -> dict[str, int]:
     """Wait for the picture; return its own size and the size at which it is seen."""
-    expect(page.locator("img.result")).to_be_visible(timeout=60_000)
+    expect(page.locator("img.result")).to_be_visible()
     page.wait_for_function("document.querySelector('img.result').complete")
     return page.locator("img.result").evaluate(
         "image => ({width: image.naturalWidth, height: image.naturalHeight, seen: image.clientWidth})"
@@ -49,9 +48,7 @@ def progress(page: Page) -> list[dict]:
 
 
 def wait_for_a_step(page: Page) -> None:
-    page.wait_for_function(
-        "window.progress.some(({text}) => /step [1-9]/.test(text))", timeout=60_000, polling=20
-    )
+    page.wait_for_function("window.progress.some(({text}) => /step [1-9]/.test(text))", polling=20)
 
 
 def message(page: Page) -> str:
@@ -128,11 +125,11 @@ def test_stop_takes_effect_at_once_and_leaves_nothing_behind(page: Page, server:
     generate(page, "never finished", **LONG)
     wait_for_a_step(page)
     expect(page.get_by_role("button", name="Drawing")).to_be_disabled()
-    started = time.monotonic()
+    clicked_at = steps_seen(page)[-1]
     page.get_by_role("button", name="Stop").click()
     assert "Stopped" in message(page)
-    assert time.monotonic() - started < 3
-    assert steps_seen(page)[-1] < 200
+    # The engine stops within one step; the steps between are those that went by while the click travelled.
+    assert steps_seen(page)[-1] - clicked_at < 40, steps_seen(page)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled()
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     assert server.files == before
