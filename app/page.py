@@ -193,10 +193,10 @@ class Page:
 
     def generate(self, reference: str, *values: Any) -> Iterator[Updates]:
         """Submit what the form says, then follow the job."""
-        row, _ = find(reference)
         filled = dict(zip(self.widgets, values, strict=True))
-        widgets = zip(row.inputs, self.forms[row.name].widgets, strict=True)
         try:
+            row, _ = find(reference)
+            widgets = zip(row.inputs, self.forms[row.name].widgets, strict=True)
             job = jobs.submit(Request.build(reference, {one.name: filled[widget] for one, widget in widgets}))
         except GenError as error:
             yield self.refused(error)
@@ -207,7 +207,7 @@ class Page:
         """Show a job as it goes on, until it ends or the tab is closed."""
         state = views.Drawing()
         entries: list[library.Entry] = []
-        last_update = 0.0
+        last_step = 0.0
         yield {
             self.job: job,
             self.drawing: gr.update(value=views.drawing(state), visible=True),
@@ -219,9 +219,10 @@ class Page:
         }
         for event in jobs.watch(job):
             state = state.after(event)
-            if event.kind == "step" and time.monotonic() < last_update + SECONDS_BETWEEN_UPDATES:
-                continue
-            last_update = time.monotonic()
+            if event.kind == "step":
+                if time.monotonic() < last_step + SECONDS_BETWEEN_UPDATES:
+                    continue
+                last_step = time.monotonic()
             updates: Updates = {self.drawing: views.drawing(state)}
             if event.result is not None:
                 entries.append(library.get(event.result.id))
@@ -255,6 +256,8 @@ class Page:
 
     def cancel(self, job: str) -> Updates:
         """Ask the job to stop; `follow` sees it end."""
+        if not job:  # it ended while the finger was on its way
+            return {self.stop: gr.update(visible=False)}
         try:
             jobs.cancel(job)
         except GenError as error:
@@ -276,10 +279,10 @@ class Page:
     def show(self, click: gr.EventData) -> Updates:
         """Put a result of the history on the stage."""
         try:
-            entry = library.get(click.show)
+            seen = views.result(library.get(click.show))
         except GenError as error:
             return self.refused(error)
-        return {self.shown: gr.update(value=views.result(entry), visible=True)}
+        return {self.shown: gr.update(value=seen, visible=True)}
 
     def use(self, click: gr.EventData) -> Updates:
         """Put the recipe of a result back into the form."""
@@ -300,7 +303,10 @@ class Page:
 
     def look_up(self, words: str, length: int = PAGE_OF_HISTORY) -> Updates:
         """Show the newest results that match."""
-        entries = library.search(words, limit=length + 1)
+        try:
+            entries = library.search(words, limit=length + 1)
+        except GenError as error:  # a damaged library must not take the page with it
+            return {self.history: views.message(error.to_json()), self.more: gr.update(visible=False)}
         if entries:
             tiles = views.tiles(entries[:length])
         else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
-from gen.catalog import MODELS, Model, choose
+from gen.catalog import Model, choose, find
 from gen.errors import GenError
 from gen.library import Entry
 from gen.request import Event
@@ -188,14 +188,16 @@ RESULT_VIEWS: dict[str, Callable[[Entry], str]] = {"image": picture}
 
 
 def result(entry: Entry) -> str:
-    """One result, looked at in the way of its kind."""
-    return RESULT_VIEWS[MODELS[entry.model].makes](entry)
+    """One result, looked at in the way of its kind. Raises unknown_model when its row is gone."""
+    row, _ = find(entry.model)
+    return RESULT_VIEWS[row.makes](entry)
 
 
 def recipe(entry: Entry) -> str:
     """Everything that made a result: as a table to read, and as it stands in the file."""
     inputs = entry.request["inputs"]
-    labels = {one.name: one.label for one in MODELS[entry.model].inputs}
+    row, _ = find(entry.model)
+    labels = {one.name: one.label for one in row.inputs}
     made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.created))
     facts = {
         "Model": f"{escape(entry.model)}:{escape(entry.weights)}" + (f" {badge()}" if entry.toy else ""),
