@@ -69,6 +69,9 @@ def cli(ctx: click.Context) -> None:
     environment (GEN_STEPS for --steps) or from gen.toml, in this folder or in ~/.config/gen-studio, with a
     table for each command. What is typed wins over the environment, and that over gen.toml.
 
+    Pictures, history and logs lie in GEN_HOME (~/.local/share/gen-studio). Weights are looked for in
+    GEN_WEIGHTS_DIR first, as toy/NAME below it.
+
     \b
     Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 not installed, 4 corrupt weights, 5 out of memory,
     6 disk full, 7 no server, 130 cancelled.

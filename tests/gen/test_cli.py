@@ -451,6 +451,13 @@ def test_history_finds_what_was_drawn(gen, draw):
     assert gen("history", "--model", "nothing")[0] == 2
 
 
+def test_the_version_is_that_of_the_package(gen):
+    import gen as package
+
+    code, out, _ = gen("--version")
+    assert (code, out) == (0, f"gen {package.__version__}\n")
+
+
 # Processes of their own
 
 

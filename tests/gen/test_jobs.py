@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 
@@ -139,6 +141,19 @@ def test_an_unknown_id_is_not_found_at_once(call):
     with pytest.raises(GenError) as caught:
         call("no-such-job")
     assert caught.value.code == "not_found"
+
+
+def test_the_end_of_the_program_stops_the_job_in_good_order():
+    program = (
+        "from gen import jobs; from gen.request import Request\n"
+        "request = Request.build('pixart-sigma:toy', {'prompt': 'x', 'steps': 200, 'width': 256})\n"
+        "first = jobs.submit(request); jobs.submit(request)\n"
+        "next(event for event in jobs.watch(first) if event.kind == 'step')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert library.search() == []
+    assert [path for path in library.home().rglob("*.p*") if path.is_file()] == []
 
 
 def test_old_jobs_are_forgotten(monkeypatch):
