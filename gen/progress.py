@@ -30,8 +30,10 @@ class Progress:
         which = f"picture {event.image + 1}/{event.images}, " if event.images > 1 else ""
         if event.kind == "stage":
             self._said = time.monotonic()
-            line = f"{which if event.stage != 'loading' else ''}{event.stage} {event.note}".strip()
-            self._draw(line, plain=event.stage in ("loading", "denoising"))
+            if event.stage == "loading":  # which weights, and that they are toys, must stay to be read
+                self.say(f"loading {event.note}")
+            else:
+                self._draw(f"{which}{event.stage}", plain=event.stage == "denoising")
         elif event.kind == "step":
             left = "" if event.eta_seconds is None else f", {duration(event.eta_seconds)} left"
             # Elsewhere than on a terminal a line a step would be noise: one every five seconds.

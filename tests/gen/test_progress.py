@@ -41,7 +41,7 @@ def test_on_a_terminal_there_is_one_line_that_is_gone_afterwards():
     text = shown(Terminal())
     assert "step 20/20, 0.0 s left" in text
     assert "[####################]" in text
-    assert text.count("\n") == 1  # of the note, which stays
+    assert text.count("\n") == 2  # which weights, and the note: those stay
     assert text.endswith("\r")
 
 
