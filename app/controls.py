@@ -64,7 +64,9 @@ def widget(of: Input, model: str) -> gr.components.Component:
         return control.widget(**named, **control.arguments(of, of.default))
     with gr.Row(elem_classes="with-button"):
         made = control.widget(**named, **control.arguments(of, of.default))
-        gr.Button("Random", scale=0, min_width=96).click(None, None, made, js="() => ''", api_name=False)
+        gr.Button("Random", scale=0, min_width=96).click(
+            None, None, made, js="() => ''", api_visibility="private"
+        )
     return made
 
 

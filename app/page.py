@@ -122,7 +122,11 @@ class Page:
                     with gr.Row(elem_classes="chips"):
                         for example in EXAMPLES[row.makes]:
                             gr.Button(example, size="sm").click(
-                                None, None, made[one.name], js=f"() => {json.dumps(example)}", api_name=False
+                                None,
+                                None,
+                                made[one.name],
+                                js=f"() => {json.dumps(example)}",
+                                api_visibility="private",
                             )
             lay_out([one for one in inputs if not one.required and not one.advanced])
             if advanced := [one for one in inputs if one.advanced]:
@@ -159,7 +163,7 @@ class Page:
 
     def connect(self) -> None:
         """Say which event calls what. Nothing here is for programs: they have app/api.py."""
-        quiet: Any = {"show_progress": "hidden", "api_name": False}
+        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
         stage = [self.drawing, self.shown, self.batch]
         running = [*stage, self.job, self.go, self.stop, self.message]
         past = [self.history, self.more, self.length]
@@ -171,15 +175,15 @@ class Page:
         self.go.click(self.generate, [self.model, *self.widgets], running, **quiet).then(
             self.look_up, self.search, past, **quiet
         )
-        self.go.click(None, js=SHOW_RESULT_BELOW, api_name=False)
+        self.go.click(None, js=SHOW_RESULT_BELOW, api_visibility="private")
         self.stop.click(self.cancel, self.job, [self.stop, self.message], **quiet)
         self.model.input(self.change_model, self.model, [self.about, *self.groups, *self.widgets], **quiet)
         for tiles in (self.history, self.batch):
             tiles.click(self.show, None, [self.shown, self.message], **quiet).then(
-                None, js=SHOW_RESULT, api_name=False
+                None, js=SHOW_RESULT, api_visibility="private"
             )
         form = [self.model, self.about, self.message, *self.groups, *self.widgets]
-        self.shown.click(self.use, None, form, **quiet).then(None, js=SHOW_FORM, api_name=False)
+        self.shown.click(self.use, None, form, **quiet).then(None, js=SHOW_FORM, api_visibility="private")
         self.search.input(self.look_up, self.search, past, trigger_mode="always_last", **quiet)
         self.more.click(self.look_further, [self.search, self.length], past, **quiet)
 
