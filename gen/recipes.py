@@ -224,7 +224,7 @@ def _pixart_sigma_toy(run: Run) -> None:
 # ----------------------------------------------------------------------------------------------- judge:toy
 
 JUDGE_SCENES = 10_000
-JUDGE = {"steps": 8_000, "batch": 32, "lr": 1.5e-3, "ema": 0.998, "warmup": 100, "cooldown": 0.4}
+JUDGE = {"steps": 8_000, "batch": 32, "lr": 3e-3, "ema": 0.995, "warmup": 50, "cooldown": 0.5}
 
 
 def _judge_toy(run: Run) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from gen.optim import MuonAdamW, split_parameters
 from gen.toy.words import Caption
 from gen.toy.world import COLOURS, MATERIALS, SHAPES, SIZES, Camera, Scene
 
@@ -303,7 +304,8 @@ class JudgeTask:
         self.random = random.Random(f"judge:{self.seed}:{key}")
 
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.module.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+        matrices, others = split_parameters(self.module, ("body",))
+        return MuonAdamW(matrices, others, lr=lr, weight_decay=0.01)
 
     def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         picks = self.random.choices(range(self.held, len(self.scenes)), k=batch)
