@@ -306,6 +306,12 @@ class PixArtSigmaPipeline:
         _check_texts("negative_prompt", negative_prompt)
         _check_embeds("prompt", prompt_embeds, prompt_attention_mask)
         _check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
+        if (
+            not isinstance(guidance_scale, int | float)
+            or not math.isfinite(guidance_scale)
+            or guidance_scale < 0
+        ):
+            raise ValueError(f"guidance_scale must be a number of 0 or more, not {guidance_scale!r}")
         prompts = _rows(prompt, prompt_embeds)
         negatives = _rows(negative_prompt, negative_prompt_embeds)  # one serves all prompts
         if guidance_scale > 1.0 and negatives not in (1, prompts):
@@ -317,12 +323,6 @@ class PixArtSigmaPipeline:
             not timesteps or any(later >= earlier for earlier, later in pairwise(timesteps))
         ):
             raise ValueError("timesteps must be descending")
-        if (
-            not isinstance(guidance_scale, int | float)
-            or not math.isfinite(guidance_scale)
-            or guidance_scale < 0
-        ):
-            raise ValueError(f"guidance_scale must be a number of 0 or more, not {guidance_scale!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
@@ -430,7 +430,7 @@ class PixArtSigmaPipeline:
             self._preview_map = self._fit_preview()
         table = self._preview_map
         colours = torch.einsum("cyx,cr->yxr", latents[0].to(table), table[:-1]) + table[-1]
-        small = _to_pil(((colours / 2 + 0.5).clamp(0, 1)).cpu().numpy())
+        small = _to_pil((colours / 2 + 0.5).nan_to_num().clamp(0, 1).cpu().numpy())
         factor = self.vae_scale_factor
         return small.resize((small.width * factor, small.height * factor), resample=3)  # bicubic
 
