@@ -347,7 +347,7 @@ def test_previews_are_as_large_as_the_picture_and_follow_its_colours(pipeline: P
     assert shown.size == (128, 128)
     centres = np.asarray(shown)[16::32, 16::32].reshape(-1).astype(float)
     wanted = picture[0, :, 16::32, 16::32].permute(1, 2, 0).reshape(-1).numpy()
-    assert np.corrcoef(centres, wanted)[0, 1] > 0.5  # even with random weights
+    assert np.corrcoef(centres, wanted)[0, 1] > 0.3  # even with random weights; 0 without a fit
     assert pipeline.preview(torch.full((1, 4, 8, 12), torch.nan)).size == (96, 64)  # a glance, not a judge
 
 
