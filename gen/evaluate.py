@@ -177,6 +177,7 @@ def _pixart_toy(
 ) -> dict[str, Any]:
     import torch
 
+    from gen.loader import explained
     from gen.toy import pixart as toy_pixart
     from gen.toy import world
     from gen.toy.judge import accuracy, load_judge
@@ -185,7 +186,8 @@ def _pixart_toy(
 
     folder = _embedded("pixart-sigma-toy")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    pipeline = PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=torch.float32, device=chosen)
+    with explained(folder):
+        pipeline = PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=torch.float32, device=chosen)
     judge = load_judge(_embedded("judge-toy"))
 
     report("reading held-out renders")

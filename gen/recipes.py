@@ -367,9 +367,21 @@ def start(
     import torch.multiprocessing as mp
 
     rendezvous = work / f".rendezvous.{os.getpid()}"
+    group = mp.start_processes(
+        _process, (options, str(rendezvous)), nprocs=world, start_method="spawn", join=False
+    )
     try:
-        mp.start_processes(_process, (options, str(rendezvous)), nprocs=world, start_method="spawn")
+        while not group.join():
+            pass
+    except KeyboardInterrupt:
+        for process in group.processes:  # the leading one saves, the others follow it
+            process.terminate()
+        for process in group.processes:
+            process.join(60)
+        raise
     finally:
+        for process in group.processes:
+            process.kill()
         rendezvous.unlink(missing_ok=True)
     return output
 
@@ -391,5 +403,7 @@ def _process(rank: int, options: dict[str, Any], rendezvous: str) -> None:
 
     try:
         RECIPES[options["name"]].run(Run(**options, rank=rank, report=report))
+    except KeyboardInterrupt:
+        return  # the parent was told as well, and says so
     finally:
         dist.destroy_process_group()

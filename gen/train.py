@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,13 +192,16 @@ def fit(
     seconds_before, step_began = facts["seconds"], facts["step"]
     sums: dict[str, torch.Tensor] = {}
     counted = 0
-    clock = torch.zeros(1, dtype=torch.float64)
+    clock = torch.zeros(2, dtype=torch.float64)
     first = facts["step"]
+    stop, restore = _catch_signals(leads=rank == 0)
     while facts["step"] < schedule.steps:
-        clock[0] = seconds_before + time.monotonic() - began
+        clock[:] = torch.tensor([seconds_before + time.monotonic() - began, float(stop.is_set())])
         if world > 1:  # every process must see the same clock, or they part ways
             dist.broadcast(clock, 0)
-        facts["seconds"] = float(clock)
+        facts["seconds"] = float(clock[0])
+        if clock[1]:
+            break
         progress = max(facts["step"] / schedule.steps, facts["seconds"] / limit)
         if progress >= 1:
             break
@@ -242,9 +247,32 @@ def fit(
             last_evaluated = time.monotonic()
     if rank == 0:
         save_checkpoint(path, task.module, average.state, optimizer, facts)
+    restore()
+    if clock[1]:
+        if rank == 0:
+            report(f"{task.name}: stopped at step {facts['step']}; the same command goes on from there")
+        raise KeyboardInterrupt
     average.__enter__()  # the averaged weights stay in the module
     task.module.eval()
     return facts
+
+
+def _catch_signals(leads: bool) -> tuple[threading.Event, Callable[[], None]]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is finished and saved before a run ends, and
+    what gives the signals back. Only the leading process listens; it tells the others."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        return stop, lambda: None
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in numbers}
+    for n in numbers:
+        signal.signal(n, (lambda *_: stop.set()) if leads else signal.SIG_IGN)
+
+    def restore() -> None:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+    return stop, restore
 
 
 def _evaluate(

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import random
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,18 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
         task.module.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="line: the loss is nan at step 5"):
         train.fit(task, SCHEDULE, tmp_path)
+
+
+def test_ctrl_c_and_sigterm_finish_the_step_and_keep_the_work(tmp_path: Path) -> None:
+    schedule = train.Schedule(steps=10**9, batch=8, lr=0.01)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(Line(), schedule, tmp_path, report=said.append)
+    assert "stopped at step" in said[-1]
+    with safe_open(tmp_path / "line.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["facts"])["step"] > 5
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def _pair(rank: int, folder: str) -> None:
