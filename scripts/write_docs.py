@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from gen.cli import cli
+from gen.commands import cli
 
 CLI_MD = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 HEAD = """\

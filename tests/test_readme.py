@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from gen.cli import cli
+from gen.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
