@@ -54,7 +54,7 @@ def render_shards(
     todo = [s for s in range(0, count, SHARD) if not shard_path(folder, s).exists()][rank::world]
     began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
     for done, start in enumerate(todo, 1):
-        stream = itertools.islice(world.scenes(seed, start=start, which=which), SHARD)
+        stream = itertools.islice(scenes(seed, start=start, which=which), SHARD)
         images, owners = [], []
         while chunk := list(itertools.islice(stream, batch)):
             picture, owner = render(chunk, device=device, return_owner=True)
