@@ -28,7 +28,7 @@ COLOURS = {
     "border_color_accent": (ACCENT, "#a5b4fc"),
     "color_accent_soft": ("#eef2ff", "#252b4a"),
     "input_background_fill": ("#ffffff", "#0e1117"),
-    "input_border_color": ("#858d9c", "#6b7688"),
+    "input_border_color": ("#7a8291", "#6b7688"),
     "input_border_color_focus": (ACCENT, "#a5b4fc"),
     "input_placeholder_color": ("#6a7281", "#98a2b3"),
     "slider_color": (ACCENT, "#818cf8"),
@@ -37,7 +37,7 @@ COLOURS = {
     "link_text_color_visited": (ACCENT_STRONG, "#a5b4fc"),
     "checkbox_background_color": ("#ffffff", "#0e1117"),
     "checkbox_background_color_selected": (ACCENT, ACCENT),
-    "checkbox_border_color": ("#858d9c", "#6b7688"),
+    "checkbox_border_color": ("#7a8291", "#6b7688"),
     "checkbox_border_color_selected": (ACCENT, "#a5b4fc"),
     "checkbox_label_background_fill": ("transparent", "transparent"),
     "checkbox_label_background_fill_hover": ("transparent", "transparent"),
@@ -50,7 +50,7 @@ COLOURS = {
     "button_primary_text_color": ("#ffffff", "#ffffff"),
     "button_secondary_background_fill": ("#ffffff", "#1e242e"),
     "button_secondary_background_fill_hover": ("#eef0f4", "#2b3340"),
-    "button_secondary_border_color": ("#858d9c", "#6b7688"),
+    "button_secondary_border_color": ("#7a8291", "#6b7688"),
     "button_secondary_text_color": ("#161a22", "#e8ebf1"),
     "button_cancel_background_fill": ("#b42318", "#b42318"),
     "button_cancel_background_fill_hover": ("#912018", "#912018"),
@@ -104,6 +104,7 @@ CSS = """
   max-width: 1240px !important; margin: 0 auto !important; padding: 0 20px 40px !important;
 }
 .gradio-container > main, .gradio-container .main { padding: 0 !important; }
+body { background: var(--body-background-fill) !important; }
 footer { display: none !important; }
 :focus-visible { outline: 2px solid var(--border-color-accent) !important; outline-offset: 2px; }
 

@@ -168,12 +168,16 @@ class Page:
         running = [*stage, self.job, self.go, self.stop, self.message]
         past = [self.history, self.more, self.length]
 
-        self.blocks.load(self.look_up, self.search, past, **quiet)
-        self.blocks.load(self.arrive, None, [*running, self.model], **quiet).then(
-            self.look_up, self.search, past, **quiet
-        )
-        self.go.click(self.generate, [self.model, *self.widgets], running, **quiet).then(
-            self.look_up, self.search, past, **quiet
+        self.blocks.load(self.arrive, None, [*running, self.model], **quiet)
+        self.go.click(self.generate, [self.model, *self.widgets], running, **quiet)
+        # One event for all that changes the history, so that of two answers the later question's stays.
+        gr.on(
+            [self.blocks.load, self.job.change, self.search.input],
+            self.look_up,
+            self.search,
+            past,
+            trigger_mode="always_last",
+            **quiet,
         )
         self.go.click(None, js=SHOW_RESULT_BELOW, api_visibility="private")
         self.stop.click(self.cancel, self.job, [self.stop, self.message], **quiet)
@@ -184,7 +188,6 @@ class Page:
             )
         form = [self.model, self.about, self.message, *self.groups, *self.widgets]
         self.shown.click(self.use, None, form, **quiet).then(None, js=SHOW_FORM, api_visibility="private")
-        self.search.input(self.look_up, self.search, past, trigger_mode="always_last", **quiet)
         self.more.click(self.look_further, [self.search, self.length], past, **quiet)
 
     def arrive(self) -> Iterator[Updates]:

@@ -256,9 +256,17 @@ def serve(*, host: str, port: int, token: str | None, public: bool, open_browser
         import uvicorn
 
         app = create_app(token=token, local_only=is_loopback(host) and not public)
-        # Open pages hold event streams for ever; after Ctrl-C two seconds are enough for them.
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                # Open pages hold event streams for ever. Hanging up ends them in good order, where waiting
+                # would end in a timeout and a traceback for each.
+                for connection in self.server_state.connections:
+                    connection.transport.close()
+                await super().shutdown(sockets)
+
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
-        server = uvicorn.Server(config)
+        server = Server(config)
         url = address(listener, token)
         click.echo(f"Gen Studio is at {url}\nStop it with Ctrl-C.", err=True)
         if open_browser:
@@ -296,7 +304,5 @@ def serve_command(host: str, port: int, token: str | None, open_browser: bool) -
     try:
         serve(host=host, port=port, token=token or None, public=public, open_browser=open_browser)
     except GenError as error:
-        click.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
+        click.echo(f"error: {error.message}\n{error.hint}".strip(), err=True)
         raise SystemExit(error.exit_code) from error

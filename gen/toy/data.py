@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gen.toy.render import render
+from gen.toy.world import scenes as scene_stream
 
 SHARD = 1000
 PATCH = 16
@@ -54,7 +55,7 @@ def render_shards(
     todo = [s for s in range(0, count, SHARD) if not shard_path(folder, s).exists()][rank::world]
     began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
     for done, start in enumerate(todo, 1):
-        stream = itertools.islice(scenes(seed, start=start, which=which), SHARD)
+        stream = itertools.islice(scene_stream(seed, start=start, which=which), SHARD)
         images, owners = [], []
         while chunk := list(itertools.islice(stream, batch)):
             picture, owner = render(chunk, device=device, return_owner=True)

@@ -137,10 +137,10 @@ def test_stop_takes_effect_at_once_and_leaves_nothing_behind(page: Page, server:
 
 
 def test_a_closed_tab_does_not_end_the_job_and_the_next_one_picks_it_up(browser: Browser, server: Server):
-    with looking(browser, server.url) as page:
+    with looking(browser, server.url, interrupted=True) as page:
         generate(page, "outlives its tab", **LONG | {"Steps": 100})
         wait_for_a_step(page)
-    with looking(browser, server.url) as page:
+    with looking(browser, server.url, interrupted=True) as page:
         wait_for_a_step(page)  # without pressing anything
         first = steps_seen(page)[0]
         page.reload()
@@ -290,6 +290,7 @@ def test_contrast_and_names_suffice_for_everybody(browser: Browser, server: Serv
         assert len(controls) > 20, spoken
         nameless = [role + rest for role, rest in controls if not rest.startswith(' "')]
         assert not nameless, nameless
+        assert all(image.get_attribute("alt") is not None for image in page.locator("img").all())
         assert page.evaluate("document.documentElement.lang") == "en"
 
 
