@@ -52,7 +52,7 @@ def render_shards(
     """Render what is missing of scenes 0..count-1 into shards; `rank` of `world` processes takes every
     world-th shard."""
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [s for s in range(0, count, SHARD) if not shard_path(folder, s).exists()][rank::world]
+    todo = _share(folder, count, rank, world)
     began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
     for done, start in enumerate(todo, 1):
         stream = itertools.islice(scene_stream(seed, start=start, which=which), SHARD)
@@ -91,7 +91,7 @@ def encode_shards(
     """What is missing of the latents of scenes 0..count-1, from their pictures; shares work as
     `render_shards`."""
     latents.mkdir(parents=True, exist_ok=True)
-    todo = [s for s in range(0, count, SHARD) if not shard_path(latents, s).exists()][rank::world]
+    todo = _share(latents, count, rank, world)
     for done, start in enumerate(todo, 1):
         shard = load_file(shard_path(scenes, start))
         temporary = latents / f".{start:07d}.{os.getpid()}"
@@ -107,6 +107,12 @@ def load_latents(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not shards:
         raise FileNotFoundError(f"no encoded scenes in {folder}")
     return torch.cat([s["latents"] for s in shards]), torch.cat([s["owners"] for s in shards])
+
+
+def _share(folder: Path, count: int, rank: int, world: int) -> list[int]:
+    """Starts of the shards that process `rank` makes. Shares do not depend on what is there already: the
+    processes look at different moments."""
+    return [s for s in range(0, count, SHARD)[rank::world] if not shard_path(folder, s).exists()]
 
 
 def _shards(folder: Path, count: int) -> Iterator[dict[str, torch.Tensor]]:
