@@ -223,13 +223,18 @@ def train(
 @click.option("--steps", type=click.IntRange(1, 200), default=20, show_default=True, help="Denoising steps.")
 @DEVICE
 @click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Save a sheet of pictures.")
+@click.option("--record", is_flag=True, help="Write the table into the weights' own record.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def evaluate(name: str, prompts: int, steps: int, device: str, grid: Path | None, as_json: bool) -> None:
+def evaluate(
+    name: str, prompts: int, steps: int, device: str, grid: Path | None, record: bool, as_json: bool
+) -> None:
     """Measure weights, e.g. pixart-sigma:toy, against what they are expected to reach."""
     from gen import evaluate as evaluation
 
     talk = Progress()
     table = evaluation.evaluate(name, prompts=prompts, steps=steps, device=device, grid=grid, report=talk.say)
+    if record:
+        talk.say(f"recorded in {evaluation.record(name, table)}")
     if as_json:
         printing.ok(table)
     else:

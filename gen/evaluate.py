@@ -206,7 +206,7 @@ def _pixart_toy(
     pictures = draw(pipeline, [p.text for p in asked], range(count), steps=steps, report=report)
     values |= score_pictures(judge, pictures, asked)
     if grid:
-        save_grid(pictures[:48], grid, columns=8)
+        save_grid(pictures[:48], grid, columns=8, labels=[p.text for p in asked[:48]])
     table = {
         "model": "pixart-sigma:toy",
         "prompts": count,
@@ -235,17 +235,41 @@ _prompts = prompts
 MEASURES: dict[tuple[str, str | None], Callable[..., dict[str, Any]]] = {("pixart-sigma", "toy"): _pixart_toy}
 
 
-def save_grid(pictures: Any, path: Path, columns: int) -> None:
-    """Pictures (n, 3, Y, X) in 0..1 as one PNG sheet, row by row."""
-    from PIL import Image
+def save_grid(pictures: Any, path: Path, columns: int, labels: Sequence[str] = ()) -> None:
+    """Pictures (n, 3, Y, X) in 0..1 as one PNG sheet, row by row, each with its label below if there are
+    any."""
+    import textwrap
+
+    from PIL import Image, ImageDraw, ImageFont
 
     n, _, y, x = pictures.shape
-    rows = -(-n // columns)
-    sheet = Image.new("RGB", (columns * x, rows * y), "white")
+    foot = 40 if labels else 0
+    gap = 8 if labels else 0
+    size = (columns * (x + gap) + gap, -(-n // columns) * (y + foot + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
     for i, picture in enumerate((pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-        sheet.paste(Image.fromarray(picture), (i % columns * x, i // columns * y))
+        left, top = gap + i % columns * (x + gap), gap + i // columns * (y + foot + gap)
+        sheet.paste(Image.fromarray(picture), (left, top))
+        if labels:
+            text = textwrap.fill(labels[i], x // 5, max_lines=3)
+            draw.text((left, top + y + 3), text, fill="#333", font=font, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
+
+
+def record(name: str, table: dict[str, Any]) -> Path:
+    """Write the table into the weights' own record, toy.json, and their checksums anew. Returns that file."""
+    from gen import catalog
+    from weights import store
+
+    model, tag = catalog.find(name)
+    folder = _embedded(model.weights[tag or ""])
+    path = folder / "toy.json"
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**facts, "quality": table}, indent=1) + "\n")
+    store.write_sums(folder)
+    return path
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -230,6 +230,7 @@ JUDGE = {"steps": 8_000, "batch": 32, "lr": 3e-3, "ema": 0.995, "warmup": 50, "c
 def _judge_toy(run: Run) -> None:
     from gen.toy import data, judge, world
     from gen.train import fit
+    from weights import store
 
     data.render_shards(
         run.work / "scenes",
@@ -260,7 +261,7 @@ def _judge_toy(run: Run) -> None:
                 "quality": found,
             },
         )
-        write_sums(run.output)
+        store.write_sums(run.output)
 
 
 # --------------------------------------------------------------------------------------------------- records
@@ -277,18 +278,6 @@ def _origin(run: Run) -> dict[str, Any]:
 def read_facts(folder: Path) -> dict[str, Any]:
     path = folder / "toy.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS over every other file of the folder."""
-    import hashlib
-
-    lines = [
-        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}"
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "SHA256SUMS"
-    ]
-    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
 RECIPES = {

@@ -1,11 +1,15 @@
-"""Write docs/cli.md from the commands themselves. `make docs` runs it; tests/test_docs.py compares.
+"""Write docs/cli.md from the commands themselves, and README's quality table from the weights' own
+record.
 
-`python scripts/write_docs.py --check` writes nothing and ends with exit code 1 when the file is out of date.
+`make docs` runs it; tests/test_docs.py compares. `python scripts/write_docs.py --check` writes nothing
+and ends with exit code 1 when a file is out of date.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +17,12 @@ from pathlib import Path
 import click
 
 from gen.commands import cli
+from gen.evaluate import markdown
 
-CLI_MD = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+ROOT = Path(__file__).resolve().parents[1]
+CLI_MD = ROOT / "docs" / "cli.md"
+README = ROOT / "README.md"
+RECORD = ROOT / "weights" / "toy" / "pixart-sigma" / "toy.json"
 HEAD = """\
 # The command line
 
@@ -43,15 +51,27 @@ def cli_md() -> str:
     return "\n".join([HEAD, *parts])
 
 
+def readme() -> str:
+    """The text that README.md should have: the measured quality of the embedded weights between its
+    markers."""
+    table = markdown(json.loads(RECORD.read_text(encoding="utf-8"))["quality"])
+    begin, end = "<!-- quality:begin -->\n", "<!-- quality:end -->"
+    text = README.read_text(encoding="utf-8")
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{table}{end}", text, flags=re.S)
+
+
 def main(arguments: list[str]) -> int:
-    """Write the file, or with --check only compare; return the exit code."""
-    text = cli_md()
-    fresh = CLI_MD.exists() and CLI_MD.read_text(encoding="utf-8") == text
+    """Write what is out of date, or with --check only look; return the exit code."""
+    stale = {
+        path: text
+        for path, text in ((CLI_MD, cli_md()), (README, readme()))
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     if "--check" in arguments:
-        return 0 if fresh else 1
-    if not fresh:
-        CLI_MD.write_text(text, encoding="utf-8")
-        print(f"wrote {os.path.relpath(CLI_MD)}")
+        return 1 if stale else 0
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {os.path.relpath(path)}")
     return 0
 
 

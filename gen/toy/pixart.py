@@ -604,7 +604,7 @@ def text_slots(folder: Path, tokenizer, device: torch.device | str = "cpu") -> f
 
 def export(transformer: nn.Module, work: Path, output: Path, facts: dict) -> None:
     """The run's parts as one diffusers folder in fp16, with its record (toy.json) and checksums."""
-    from gen.recipes import write_sums
+    from weights import store
 
     building = output.with_name(f".{output.name}.building")
     if building.exists():
@@ -615,7 +615,7 @@ def export(transformer: nn.Module, work: Path, output: Path, facts: dict) -> Non
     probe = {k: v.half() for k, v in load_file(work / TEXT_PROBE).items()}
     save_file(probe, building / TEXT_PROBE)
     (building / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
-    write_sums(building)
+    store.write_sums(building)
     if output.exists():
         shutil.rmtree(output)
     output.parent.mkdir(parents=True, exist_ok=True)
