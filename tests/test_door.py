@@ -32,10 +32,9 @@ def pip(*arguments: object, **options) -> None:
 
 
 def source_files() -> set[str]:
-    """What belongs into the wheel: every module of the four packages and every file of the toy weights."""
-    modules = {path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    weights = {path for path in (ROOT / "weights" / "toy").rglob("*") if path.is_file()}
-    return {path.relative_to(ROOT).as_posix() for path in modules | weights}
+    """What belongs into the wheel: every file of the four packages, the toy weights included."""
+    files = {path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
+    return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 @pytest.fixture(scope="module")
