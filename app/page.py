@@ -171,8 +171,9 @@ class Page:
         self.blocks.load(self.arrive, None, [*running, self.model], **quiet)
         self.go.click(self.generate, [self.model, *self.widgets], running, **quiet)
         # One event for all that changes the history, so that of two answers the later question's stays.
+        # `change` and not `input` of the search box, which misses what is pasted.
         gr.on(
-            [self.blocks.load, self.job.change, self.search.input],
+            [self.blocks.load, self.job.change, self.search.change],
             self.look_up,
             self.search,
             past,
