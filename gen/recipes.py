@@ -82,7 +82,7 @@ TRANSFORMER = {
     "lr": 2e-3,
     "ema": 0.998,
     "warmup": 100,
-    "cooldown": 0.3,
+    "cooldown": 0.5,
 }
 NETWORK = {"layers": 6, "heads": 6, "head_dim": 32, "caption_channels": 192}
 PROBE_BLOCK = 3

@@ -475,8 +475,9 @@ class TransformerTask:
             states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         picks = picks.to(self.device)
         x = self.latents[picks].float()
-        # half the times uniform, half around the middle, where layout and colour are decided
-        middle = torch.randn(batch, generator=rng).sigmoid()
+        # half the times uniform, half where signal and noise are about as strong: there shapes are decided,
+        # the slowest thing to learn (layout and colour are decided earlier, and learned soon)
+        middle = (torch.randn(batch, generator=rng) - 0.8).sigmoid()
         anywhere = torch.rand(batch, generator=rng)
         t = (
             (torch.where(torch.rand(batch, generator=rng) < 0.5, middle, anywhere) * 1000)
