@@ -66,17 +66,34 @@ SCENES = 20_000
 SCENES_SEED = 20261120
 # Times are shares of the run's minutes; on a GPU the steps run out first.
 AUTOENCODER = {
-    "share": 0.2,
+    "share": 0.25,
     "steps": 40_000,
-    "batch": 24,
-    "lr": 2e-3,
-    "ema": 0.998,
-    "warmup": 100,
+    "batch": 48,
+    "lr": 4e-3,
+    "ema": 0.995,
+    "warmup": 40,
     "cooldown": 0.6,
 }
-TEXT = {"share": 0.05, "steps": 6_000, "batch": 64, "lr": 2e-3, "ema": 0.998, "warmup": 100, "cooldown": 0.4}
+DECODER = {
+    "share": 0.08,
+    "steps": 10_000,
+    "batch": 48,
+    "lr": 1e-3,
+    "ema": 0.99,
+    "warmup": 20,
+    "cooldown": 0.8,
+}
+TEXT = {
+    "share": 0.08,
+    "steps": 6_000,
+    "batch": 64,
+    "lr": 1.2e-3,
+    "ema": 0.998,
+    "warmup": 100,
+    "cooldown": 0.4,
+}
 TRANSFORMER = {
-    "share": 0.75,
+    "share": 0.67,
     "steps": 60_000,
     "batch": 64,
     "lr": 2e-3,
@@ -104,10 +121,12 @@ def _pixart_sigma_toy(run: Run) -> None:
     from pipelines.models.pixart import PixArtTransformer2DModel
 
     work, fresh = run.work, run.shipped is None
-    # 1. Scenes
+    before = read_facts(run.shipped) if run.shipped else {}
+    # 1. Scenes: a run that goes on from shipped weights sees new ones
+    scenes_seed = SCENES_SEED + before.get("runs", 0)
     data.render_shards(
         work / "scenes",
-        SCENES_SEED,
+        scenes_seed,
         SCENES,
         rank=run.rank,
         world=run.world,
@@ -117,23 +136,17 @@ def _pixart_sigma_toy(run: Run) -> None:
     run.together()
     pictures, owners = data.load_shards(work / "scenes", SCENES)
 
-    # 2. Autoencoder
-    if run.leads and not fresh and not (work / "vae").exists():
-        shutil.copytree(run.shipped / "vae", work / "vae")
-    run.together()
+    # 2. Autoencoder: from nothing, or a better decoder for the shipped one's latents, which stay
     if not (work / "vae").exists():
-        task = toy_pixart.AutoencoderTask(pictures, owners, seed=3, device=run.device)
-        fit(
-            task,
-            _schedule(AUTOENCODER),
-            work,
-            resume=run.resume,
-            minutes=AUTOENCODER["share"] * run.minutes,
-            report=run.report,
-        )
+        row = AUTOENCODER if fresh else DECODER
+        start = None if fresh else toy_pixart.load_autoencoder(run.shipped / "vae")
+        task = toy_pixart.AutoencoderTask(pictures, owners, seed=3, device=run.device, decoder_of=start)
+        minutes = row["share"] * run.minutes
+        fit(task, _schedule(row), work, resume=run.resume, minutes=minutes, report=run.report)
         if run.leads:
-            toy_pixart.normalise_latents(task.module, pictures[:2000], run.device)
-            run.report(f"autoencoder: {task.evaluate(work)['psnr']:.2f} dB")
+            if fresh:
+                toy_pixart.normalise_latents(task.module, pictures[:2000], run.device)
+            run.report(f"{task.name}: {task.evaluate(work)['psnr']:.2f} dB")
             task.module.save_pretrained(work / "vae")
         run.together()
     del pictures
@@ -182,7 +195,7 @@ def _pixart_sigma_toy(run: Run) -> None:
         transformer = PixArtTransformer2DModel.from_pretrained(
             run.shipped / "transformer", torch_dtype=torch.float32
         )
-    scenes = list(itertools.islice(world.scenes(SCENES_SEED), len(latents)))
+    scenes = list(itertools.islice(world.scenes(scenes_seed), len(latents)))
     encoder = T5EncoderModel.from_pretrained(work / "text_encoder", torch_dtype=torch.float32)
     tokenizer = T5Tokenizer.from_pretrained(work / "tokenizer")
     task = toy_pixart.TransformerTask(
@@ -206,17 +219,17 @@ def _pixart_sigma_toy(run: Run) -> None:
         report=run.report,
     )
     if run.leads:
-        before = read_facts(run.shipped) if run.shipped else {}
         toy_pixart.export(
             task.module.transformer,
             work,
             run.output,
             {
                 **_origin(run),
-                "seed": {"scenes": SCENES_SEED, "autoencoder": 3, "text": 5, "transformer": 9},
+                "seed": {"scenes": scenes_seed, "autoencoder": 3, "text": 5, "transformer": 9},
                 "steps": facts["step"] + before.get("steps", 0),
                 "images_seen": facts["images"] + before.get("images_seen", 0),
                 "network": NETWORK,
+                "runs": before.get("runs", 0) + 1,
             },
         )
 
@@ -246,6 +259,8 @@ def _judge_toy(run: Run) -> None:
     pictures, _ = data.load_shards(run.work / "scenes", JUDGE_SCENES)
     scenes = list(itertools.islice(world.scenes(777, which="all"), len(pictures)))
     task = judge.JudgeTask(pictures, scenes, seed=7, device=run.device)
+    if run.shipped:
+        task.module.load_state_dict(judge.load_judge(run.shipped).state_dict())
     facts = fit(task, _schedule(JUDGE), run.work, resume=run.resume, minutes=run.minutes, report=run.report)
     if run.leads:
         found = task.evaluate(run.work)
@@ -336,7 +351,7 @@ def start(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     work.mkdir(parents=True, exist_ok=True)
     output = output or work / "out"
-    shipped = store.find(recipe.ships) if resume else None
+    shipped = _starting_point(work, store.find(recipe.ships) if resume else None)
     world = (threads or min(2, os.cpu_count() or 1)) if device == "cpu" else 1
     options = {
         "name": name,
@@ -373,6 +388,19 @@ def start(
             process.kill()
         rendezvous.unlink(missing_ok=True)
     return output
+
+
+def _starting_point(work: Path, shipped: Path | None) -> Path | None:
+    """The weights that this run started from, kept in its folder: they may be replaced while it goes on."""
+    start = work / "start"
+    if not start.exists():
+        building = work / f".start.{os.getpid()}"
+        if shipped:
+            shutil.copytree(shipped, building)
+        else:
+            building.mkdir()
+        building.rename(start)
+    return start if any(start.iterdir()) else None
 
 
 def _process(rank: int, options: dict[str, Any], rendezvous: str) -> None:

@@ -259,11 +259,16 @@ class AutoencoderTask:
         held: int = 256,
         crop: int = 48,
         whole_from: float = 0.65,
+        decoder_of: nn.Module | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.pictures, self.owners, self.held, self.device = pictures, owners, held, device
         self.crop, self.whole_from = crop, whole_from
-        self.module = build_autoencoder().to(device).to(memory_format=torch.channels_last)
+        self.module = (decoder_of or build_autoencoder()).to(device).to(memory_format=torch.channels_last)
+        if decoder_of is not None:  # its latents stay what they are
+            self.name = "decoder"
+            self.module.encoder.requires_grad_(False)
+            self.module.quant_conv.requires_grad_(False)
         self.seed = seed
         self.seed_data("")
 
@@ -298,7 +303,8 @@ class AutoencoderTask:
         if torch.rand((), generator=self.rng) < 0.5:
             x = x.flip(-1)
         x = (x.to(self.device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
-        posterior = self.module.encode(x).latent_dist
+        with torch.set_grad_enabled(self.name == "autoencoder"):
+            posterior = self.module.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=self.rng).to(
             x.device
         )

@@ -174,6 +174,37 @@ def test_autoencoder_task_learns_and_latents_are_normalised(pictures: torch.Tens
     assert (after - before).abs().max() < 0.02  # float16 latents
 
 
+def test_a_decoder_is_trained_for_latents_that_stay(pictures: torch.Tensor) -> None:
+    torch.manual_seed(1)
+    owners = torch.zeros(len(pictures), 8, 8, dtype=torch.int8)
+    start = toy_pixart.build_autoencoder()
+    latents = toy_pixart.encode_pictures(start, pictures[:2])
+    task = toy_pixart.AutoencoderTask(pictures, owners, seed=0, held=4, decoder_of=start)
+    assert task.name == "decoder"
+    optimizer = task.optimizer(4e-3)
+    before = task.module.decoder.conv_out.weight.clone()
+    loss, _ = task.loss(4, 0.0)
+    loss.backward()
+    optimizer.step()
+    assert not torch.equal(task.module.decoder.conv_out.weight, before)
+    after = toy_pixart.encode_pictures(task.module, pictures[:2])
+    assert (after - latents).abs().max() < 1e-3  # another memory format rounds otherwise
+
+
+def test_a_run_remembers_what_it_started_from(tmp_path: Path) -> None:
+    shipped, work = tmp_path / "shipped", tmp_path / "work"
+    shipped.mkdir()
+    work.mkdir()
+    (shipped / "toy.json").write_text('{"steps": 5}')
+    assert recipes.read_facts(recipes._starting_point(work, shipped)) == {"steps": 5}
+    (shipped / "toy.json").write_text('{"steps": 9}')
+    assert recipes.read_facts(recipes._starting_point(work, shipped)) == {"steps": 5}
+    other = tmp_path / "fresh"
+    other.mkdir()
+    assert recipes._starting_point(other, None) is None
+    assert recipes._starting_point(other, shipped) is None  # it began from nothing, and stays so
+
+
 def test_text_task_learns_and_labels_are_right() -> None:
     scene = world.sample_scene(random.Random(2), relation="right of")
     caption = describe(scene, random.Random(2))
