@@ -160,8 +160,9 @@ kbd {
 .card .head .tab-like-container { grid-column: 2; grid-row: 1; height: 28px; margin: 0 !important; }
 .card .head input[type="number"] { width: 62px; min-width: 0; text-align: right; font-size: 14px; }
 .card .info-text { margin: 0; line-height: 1.35; }
-.card input[type="range"]::-webkit-slider-runnable-track { background-color: var(--groove); }
-.card input[type="range"]::-moz-range-track { background-color: var(--groove); }
+.card input[type="range"] { --neutral-200: var(--groove); }  /* Gradio's groove is light in the dark */
+.card input[type="range"]::-webkit-slider-thumb { border: 2px solid var(--slider-color); }
+.card input[type="range"]::-moz-range-thumb { border: 2px solid var(--slider-color); }
 .with-button { align-items: flex-end !important; gap: 10px !important; flex-wrap: nowrap !important; }
 .with-button > .form { flex: 1 1 auto !important; }
 .with-button button { min-height: 41px !important; font-size: 14px; font-weight: 500; }

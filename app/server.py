@@ -24,6 +24,7 @@ import click
 from gen.errors import GenError
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
 log = logging.getLogger(__name__)
@@ -242,6 +243,21 @@ def address(listener: socket.socket, token: str | None) -> str:
     return f"http://{host}:{port}/" + (f"?{urlencode({'token': token})}" if token else "")
 
 
+def runner(app: "FastAPI") -> "uvicorn.Server":
+    """The server that runs an app; `run(sockets=[listener])` returns after Ctrl-C."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Open pages hold event streams for ever. Hanging up ends them in good order, where waiting would
+            # end in a timeout and a traceback for each.
+            for connection in self.server_state.connections:
+                connection.transport.close()
+            await super().shutdown(sockets)
+
+    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False))
+
+
 def serve(*, host: str, port: int, token: str | None, public: bool, open_browser: bool) -> None:
     """Run the server until Ctrl-C. Raises GenError when it may not or cannot listen there."""
     if not is_loopback(host) and not token and not public:
@@ -253,27 +269,14 @@ def serve(*, host: str, port: int, token: str | None, public: bool, open_browser
         )
     listener = bind(host, port)
     with contextlib.closing(listener):
-        import uvicorn
-
-        app = create_app(token=token, local_only=is_loopback(host) and not public)
-
-        class Server(uvicorn.Server):
-            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                # Open pages hold event streams for ever. Hanging up ends them in good order, where waiting
-                # would end in a timeout and a traceback for each.
-                for connection in self.server_state.connections:
-                    connection.transport.close()
-                await super().shutdown(sockets)
-
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
-        server = Server(config)
+        running = runner(create_app(token=token, local_only=is_loopback(host) and not public))
         url = address(listener, token)
         click.echo(f"Gen Studio is at {url}\nStop it with Ctrl-C.", err=True)
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         # uvicorn ends tidily on Ctrl-C and raises it again; for a server this is the ordinary way to end.
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+            running.run(sockets=[listener])
         click.echo("Stopped.", err=True)
 
 

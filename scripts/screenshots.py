@@ -44,14 +44,10 @@ FLAGS = (
 @contextmanager
 def page_served() -> Iterator[str]:
     """Run the server in a thread on a free port; yield its address."""
-    import uvicorn
-
     from app import server
 
     with server.bind("127.0.0.1", 0) as listener:
-        running = uvicorn.Server(
-            uvicorn.Config(server.create_app(), log_level="warning", timeout_graceful_shutdown=2)
-        )
+        running = server.runner(server.create_app())
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -79,6 +75,7 @@ def photograph(url: str, seed: int) -> None:
         sys.exit("There is no `chromium` on PATH: run scripts/install_chromium.sh.")
 
     def draw(page: Page) -> None:
+        page.set_default_timeout(120_000)
         page.goto(url)
         page.locator("#history .tile img").first.wait_for()
         page.get_by_label("Prompt", exact=True).fill(SHOWN)
@@ -86,8 +83,7 @@ def photograph(url: str, seed: int) -> None:
         page.get_by_role("button", name="Generate").click()
         page.locator("img.result").wait_for(timeout=600_000)
         page.locator("#history").get_by_role("button", name=SHOWN).first.wait_for()
-        page.wait_for_load_state("networkidle")
-        page.wait_for_timeout(500)
+        page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth)")
 
     desk = {"viewport": {"width": 1280, "height": 960}}
     phone = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True}
@@ -103,7 +99,6 @@ def photograph(url: str, seed: int) -> None:
 
         page = browser.new_page(**phone)
         draw(page)
-        page.locator("#result").scroll_into_view_if_needed()
         page.evaluate("document.getElementById('result').scrollIntoView({ block: 'start' })")
         page.wait_for_timeout(500)
         keep(page.screenshot(), "page-phone.png")
