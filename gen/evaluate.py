@@ -200,7 +200,7 @@ def _pixart_toy(
     latents = toy_pixart.encode_pictures(pipeline.vae, bytes_, chosen).float().to(chosen)
     again = accuracy(judge, pipeline.decode(latents, "pt").cpu(), scenes[:256])
     values["judge, reconstructed"] = 100 * min(again["shape"], again["colour"])
-    values["text slots"] = 100 * toy_pixart.text_slots(folder, pipeline.tokenizer, chosen)
+    values["text slots"] = 100 * toy_pixart.text_slots(folder, chosen)
 
     asked = _prompts(count)
     pictures = draw(pipeline, [p.text for p in asked], range(count), steps=steps, report=report)

@@ -596,12 +596,12 @@ def save_text(reader: TextReader, tokenizer, work: Path) -> None:
     )
 
 
-def text_slots(folder: Path, tokenizer, device: torch.device | str = "cpu") -> float:
+def text_slots(folder: Path, device: torch.device | str = "cpu") -> float:
     """Share of unseen captions of which the text encoder in `folder` tells every slot, read by its own
     probe."""
-    from transformers import T5EncoderModel
+    from transformers import T5EncoderModel, T5Tokenizer
 
-    task = TextTask(tokenizer, seed=0, device=device)
+    task = TextTask(T5Tokenizer.from_pretrained(folder / "tokenizer"), seed=0, device=device)
     task.module.encoder = (
         T5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32).to(device).eval()
     )
