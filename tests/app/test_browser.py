@@ -138,7 +138,7 @@ def test_stop_takes_effect_at_once_and_leaves_nothing_behind(page: Page, server:
 
 def test_a_closed_tab_does_not_end_the_job_and_the_next_one_picks_it_up(browser: Browser, server: Server):
     with looking(browser, server.url, interrupted=True) as page:
-        generate(page, "outlives its tab", **LONG | {"Steps": 100})
+        generate(page, "outlives its tab", **LONG | {"Steps": 60})
         wait_for_a_step(page)
     with looking(browser, server.url, interrupted=True) as page:
         wait_for_a_step(page)  # without pressing anything

@@ -51,6 +51,7 @@ def test_what_a_row_calls_advanced_is_folded_away(two_models: Page):
     assert folded("sketch") and not folded("pixart-sigma")
 
 
+@pytest.mark.filterwarnings("ignore:Prompt is empty")  # outside a browser Gradio says it as a warning
 def test_generate_reads_the_form_of_the_chosen_model_only(two_models: Page):
     values = [widget.value for widget in two_models.widgets]
     values[two_models.widgets.index(two_models.forms["pixart-sigma"].widgets[0])] = "said in the other form"
@@ -67,6 +68,7 @@ def test_a_damaged_library_is_told_where_the_history_would_be():
     assert "damaged" in page.look_up("")[page.history]
 
 
+@pytest.mark.filterwarnings("ignore:No picture")
 def test_a_result_that_is_gone_is_told_and_not_shown():
     page = Page()
     updates = page.show(SimpleNamespace(show="nobody"))
