@@ -619,6 +619,11 @@ def export(transformer: nn.Module, work: Path, output: Path, facts: dict) -> Non
     pipeline = assemble(transformer, work)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(building)
+    # diffusers notes where it read a part: a path of this machine
+    config = building / "vae" / "config.json"
+    entries = json.loads(config.read_text())
+    entries.pop("_name_or_path", None)
+    config.write_text(json.dumps(entries, indent=2) + "\n")
     probe = {k: v.half() for k, v in load_file(work / TEXT_PROBE).items()}
     save_file(probe, building / TEXT_PROBE)
     (building / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
