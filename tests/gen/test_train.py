@@ -260,14 +260,14 @@ def test_transformer_task_learns_with_its_probe(scenes: list[world.Scene]) -> No
     assert task.patches[3, 40, 0] == world.SHAPES.index(scenes[3].things[0].shape)
     optimizer = task.optimizer(1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(90):
         optimizer.zero_grad()
         task.module.train()
         loss, parts = task.loss(16, 0.0)
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert sum(losses[-5:]) < 0.92 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert set(parts) == {"v", "probe"}
     assert all(p.grad is None for p in reader.encoder.parameters())
 
