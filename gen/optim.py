@@ -3,8 +3,8 @@
 Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest semi-orthogonal matrix, found by a
 quintic Newton-Schulz iteration; the update is scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's
 learning rate and weight decay carry over (Liu et al. 2025, arXiv:2502.16982, equation 4). It is written
-here rather than taken from torch because torch's runs in bfloat16, which is slow on CPUs without bf16
-units, and cannot share the work between processes.
+here rather than taken from torch because torch's always iterates in bfloat16, which is slow on CPUs without
+units for it, and cannot share the work between processes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,18 @@ import torch
 import torch.distributed as dist
 
 
+def bfloat16_units(device: torch.device | str) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if torch.device(device).type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """(n, rows, columns) -> the same shape, singular values pushed to about 1 by `steps` of Newton-Schulz."""
+    """(n, rows, columns) -> the same shape, singular values pushed to about 1 by `steps` of Newton-Schulz.
+
+    The iteration forgives rounding: bfloat16 in, bfloat16 throughout."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
@@ -24,7 +34,7 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         x = x.mT
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -62,6 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is not None:
                 by_shape.setdefault(p.shape, []).append(p)
+        dtype = torch.bfloat16 if bfloat16_units(group["params"][0].device) else torch.float32
         updates: dict[torch.nn.Parameter, torch.Tensor] = {}
         flat = None
         if shares > 1:
@@ -80,7 +91,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 ahead = torch.stack(
                     [params[i].grad.lerp(buffers[i], group["momentum"]).flatten(1) for i in mine]
                 )
-                done = dict(zip(mine, orthogonalise(ahead.float()), strict=True))
+                done = dict(zip(mine, orthogonalise(ahead.to(dtype)), strict=True))
             else:
                 done = {}
             for i, p in enumerate(params):

@@ -62,7 +62,7 @@ class Run:
 
 # ------------------------------------------------------------------------------------------ pixart-sigma:toy
 
-SCENES = 20_000
+SCENES = 40_000
 SCENES_SEED = 20261120
 # Times are shares of the run's minutes; on a GPU the steps run out first.
 AUTOENCODER = {
@@ -75,7 +75,7 @@ AUTOENCODER = {
     "cooldown": 0.6,
 }
 DECODER = {
-    "share": 0.08,
+    "share": 0.06,
     "steps": 10_000,
     "batch": 48,
     "lr": 1e-3,
@@ -100,6 +100,7 @@ TRANSFORMER = {
     "ema": 0.998,
     "warmup": 100,
     "cooldown": 0.5,
+    "mixed": True,
 }
 NETWORK = {"layers": 6, "heads": 6, "head_dim": 32, "caption_channels": 192}
 PROBE_BLOCK = 3
@@ -123,7 +124,8 @@ def _pixart_sigma_toy(run: Run) -> None:
     work, fresh = run.work, run.shipped is None
     before = read_facts(run.shipped) if run.shipped else {}
     # 1. Scenes: a run that goes on from shipped weights sees new ones
-    scenes_seed = SCENES_SEED + before.get("runs", 0)
+    runs = before.get("runs", 1 if before else 0)
+    scenes_seed = SCENES_SEED + runs
     data.render_shards(
         work / "scenes",
         scenes_seed,
@@ -229,7 +231,7 @@ def _pixart_sigma_toy(run: Run) -> None:
                 "steps": facts["step"] + before.get("steps", 0),
                 "images_seen": facts["images"] + before.get("images_seen", 0),
                 "network": NETWORK,
-                "runs": before.get("runs", 0) + 1,
+                "runs": runs + 1,
             },
         )
 

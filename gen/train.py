@@ -26,6 +26,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from gen.optim import bfloat16_units
+
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +64,7 @@ class Schedule:
     floor: float = 0.02
     ema: float = 0.999
     clip: float = 1.0
+    mixed: bool = False  # products in bfloat16 where the device has units for it
     evaluate_every: float = 600  # seconds
     save_every: float = 180  # seconds
 
@@ -186,6 +189,8 @@ def fit(
             report(f"{task.name}: goes on from step {facts['step']}")
     task.seed_data(f"{facts['step']}:{rank}")
     parameters = [p for p in task.module.parameters() if p.requires_grad]
+    device = parameters[0].device
+    mixed = schedule.mixed and bfloat16_units(device)
     share = max(1, schedule.batch // world)
     limit = minutes * 60 if minutes else math.inf
     began = last_saved = last_evaluated = last_line = time.monotonic()
@@ -210,7 +215,8 @@ def fit(
             group["lr"] = lr
         task.module.train()
         optimizer.zero_grad(set_to_none=True)
-        loss, parts = task.loss(share, progress)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            loss, parts = task.loss(share, progress)
         loss.backward()
         average_gradients(parameters)
         if schedule.clip:

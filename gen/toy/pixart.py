@@ -25,6 +25,7 @@ from gen.optim import MuonAdamW, split_parameters
 from gen.toy import words, world
 from gen.toy.words import Caption, describe
 from gen.toy.world import BACKGROUNDS, COLOURS, MATERIALS, SHAPES, SIZES, Scene
+from pipelines.attention import set_attention
 
 
 def seeded_generator(key: str) -> torch.Generator:
@@ -364,12 +365,12 @@ def encode_pictures(
     autoencoder: nn.Module, pictures: torch.Tensor, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """(N, 3, 128, 128) uint8 -> latents (N, 4, 16, 16) float16."""
-    return torch.cat(
-        [
-            autoencoder.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean.half().cpu().contiguous()
-            for x in pictures.split(64)
-        ]
-    )
+    autoencoder.to(memory_format=torch.channels_last)
+    latents = []
+    for part in pictures.split(32):
+        x = (part.to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        latents.append(autoencoder.encode(x).latent_dist.mean.half().cpu().contiguous())
+    return torch.cat(latents)
 
 
 # ------------------------------------------------------------------------------------------------ transformer
@@ -454,6 +455,9 @@ class TransformerTask:
         self.tokenizer, self.device, self.scenes = tokenizer, device, scenes
         self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
         self.module = _WithProbe(transformer, probe_block).to(device)
+        if torch.device(device).type == "cpu":
+            # in bfloat16 the fused attention's backward takes six times as long there as the plain one's
+            set_attention(transformer, "math")
         self.latents = latents.to(device)
         self.patches = patch_labels(owners, scenes).to(device)
         betas = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], 1000, dtype=torch.float64)
