@@ -241,6 +241,66 @@ def evaluate(
         printing.line(evaluation.markdown(table))
 
 
+FAMILIES = ("dit", "pixart-alpha", "pixart-sigma", "pixart-control")  # as in weights.convert
+
+
+@cli.command(short_help="Convert an official checkpoint.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--as", "family", type=click.Choice(FAMILIES), required=True, help="What the file holds.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Folder to write, default the file's name."
+)
+@click.option(
+    "--config",
+    metavar="FILE.json",
+    type=click.Path(path_type=Path),
+    help="What shapes do not tell, in the official words: num_heads, input_size, ...",
+)
+@click.option(
+    "--with",
+    "companions",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="A pipeline whose autoencoder, text encoder and scheduler to copy.",
+)
+@click.option("--dtype", type=click.Choice(("keep", "float32", "bfloat16", "float16")), default="keep")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def convert(
+    file: Path,
+    family: str,
+    output: Path | None,
+    config: Path | None,
+    companions: Path | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Convert an official .pt, .pth or .safetensors file to a diffusers folder, and print its path.
+
+    Every tensor must find its place, and every place its tensor; otherwise nothing is written, and the
+    names are listed.
+    """
+    from gen import convert as conversion
+
+    talk = Progress()
+    found = conversion.convert_file(
+        file,
+        family,
+        output or file.with_suffix(""),
+        config=config,
+        companions=companions,
+        dtype=dtype,
+        report=talk.say,
+    )
+    talk.say(
+        f"{found['converted']} of {found['tensors']} tensors converted, {len(found['computed'])} computed "
+        "instead, 0 missing, 0 unused"
+    )
+    if as_json:
+        printing.ok(found)
+    else:
+        printing.line(found["folder"])
+
+
 # --- gen.toml ----------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,8 @@ _PIXART = Part(ours="pipelines.models.pixart:PixArtTransformer2DModel")
 PARTS: Mapping[str, Part] = {
     "PixArtTransformer2DModel": _PIXART,
     "Transformer2DModel": _PIXART,  # what it was called when the checkpoints were published
+    "PixArtControlNet": Part(ours="pipelines.models.pixart_control:PixArtControlNet"),
+    "DiTTransformer2DModel": Part(ours="pipelines.models.dit:DiTTransformer2DModel"),
     "AutoencoderKL": Part(
         ours="pipelines.models.autoencoder:AutoencoderKL", theirs="diffusers:AutoencoderKL"
     ),

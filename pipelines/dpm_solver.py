@@ -4,6 +4,10 @@ Configuration, timesteps and numbers are those of diffusers' `DPMSolverMultistep
 importing any scheduler of diffusers takes longer than drawing with the small weights; `supports` says which
 configurations it covers, and the pipeline takes diffusers' class for the others.
 
+One thing is beyond diffusers: `timestep_spacing="continuous"`, the walk of the published PixArt code. Its
+timesteps are even in time and fractional (diffusers rounds them), and it ends at timestep 0 rather than at no
+noise at all.
+
 Every step is a weighted sum of the picture so far and of the last two pictures the network expected, so the
 weights of all steps are worked out beforehand, in float64.
 """
@@ -38,7 +42,7 @@ class DPMSolverConfig:
     lower_order_final: bool = True
     euler_at_final: bool = False
     final_sigmas_type: str = "zero"
-    timestep_spacing: str = "linspace"  # or "leading", "trailing"
+    timestep_spacing: str = "linspace"  # or "leading", "trailing", "continuous"
     steps_offset: int = 0
 
 
@@ -50,7 +54,7 @@ COVERED: Mapping[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++",),
     "solver_type": ("midpoint",),
     "final_sigmas_type": ("zero",),
-    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "timestep_spacing": ("linspace", "leading", "trailing", "continuous"),
     "trained_betas": (None,),
     "thresholding": (False,),
     "use_karras_sigmas": (False,),
@@ -125,13 +129,27 @@ class DPMSolver:
         """Choose the timesteps and start over."""
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give num_inference_steps or timesteps")
+        self._index = 0
+        self.denoised = None
+        if timesteps is None and self.config.timestep_spacing == "continuous":
+            last = self.config.num_train_timesteps - 1
+            times = torch.linspace(last, 0, num_inference_steps + 1, dtype=torch.float64)
+            self.timesteps = times[:-1].float().to(device)
+            self._sigmas = self._between(times)
+            return
         chosen = self._spaced(num_inference_steps) if timesteps is None else [int(t) for t in timesteps]
         self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
         alphas = self.alphas_cumprod
         ratios = (((1 - alphas) / alphas) ** 0.5).tolist()
         self._sigmas = [ratios[min(max(t, 0), len(ratios) - 1)] for t in chosen] + [0.0]
-        self._index = 0
-        self.denoised = None
+
+    def _between(self, times: Tensor) -> list[float]:
+        """sigma / alpha at fractional timesteps: log alpha is linear between whole ones."""
+        log_alphas = 0.5 * self.alphas_cumprod.double().log()
+        below = times.floor().long().clamp(0, len(log_alphas) - 2)
+        share = times - below
+        log_alpha = log_alphas[below] * (1 - share) + log_alphas[below + 1] * share
+        return ((-2 * log_alpha).expm1().sqrt()).tolist()
 
     def _spaced(self, steps: int) -> list[int]:
         """Timesteps of the three customs, arXiv:2305.08891 table 2; rounding half to even, as numpy does."""

@@ -9,7 +9,7 @@ fi
 
 fail() {
     echo "chromium: $1" >&2
-    echo "chromium: the browser tests (tests/app) need it; install the package 'chromium' and run make setup again." >&2
+    echo "chromium: the browser tests (tests/app) need it; install the package 'chromium' and run make test again." >&2
     exit 1
 }
 

@@ -55,8 +55,22 @@ def test_the_base_image_names_its_version():
 
 
 def test_only_known_instructions_are_used():
-    known = {"FROM", "LABEL", "SHELL", "RUN", "ARG", "WORKDIR", "COPY", "ENV", "USER", "VOLUME", "EXPOSE",
-             "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+    known = {
+        "FROM",
+        "LABEL",
+        "SHELL",
+        "RUN",
+        "ARG",
+        "WORKDIR",
+        "COPY",
+        "ENV",
+        "USER",
+        "VOLUME",
+        "EXPOSE",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+    }
     assert {name for name, _ in instructions()} <= known
 
 

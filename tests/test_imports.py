@@ -111,7 +111,12 @@ def python(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     }
     return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=home, env=environment, text=True, capture_output=True, timeout=280, check=False,
+        cwd=home,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=280,
+        check=False,
     )
 
 
@@ -141,8 +146,19 @@ def test_looking_around_loads_neither_torch_nor_gradio(arguments, tmp_path):
 
 
 def test_importing_the_light_modules_and_listing_loads_no_torch_and_creates_no_file(tmp_path):
-    light = ["gen", "gen.catalog", "gen.request", "gen.errors", "gen.library", "gen.artifacts", "gen.jobs",
-             "gen.cli", "weights", "weights.registry", "weights.store"]
+    light = [
+        "gen",
+        "gen.catalog",
+        "gen.request",
+        "gen.errors",
+        "gen.library",
+        "gen.artifacts",
+        "gen.jobs",
+        "gen.cli",
+        "weights",
+        "weights.registry",
+        "weights.store",
+    ]
     result = python(
         f"import importlib, sys\nimport gen.cli\nfor name in {light!r}: importlib.import_module(name)\n"
         "sys.argv = ['gen', 'list']\n"

@@ -59,7 +59,7 @@ def test_changed_pins_install_again(tmp_path):
 
 PROMPTS = [
     "two words",
-    "it's \"quoted\"",
+    'it\'s "quoted"',
     "costs $5 and $(shell echo x) `ls`",
     "a; b & c | d # e",
     "back\\slash",

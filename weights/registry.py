@@ -39,19 +39,6 @@ TOY = Checkpoint(
     recipe="pixart-sigma:toy",
 )
 
-JUDGE = Checkpoint(
-    key="judge-toy",
-    summary="Embedded: reads shape, colour, size, material and place back from toy pictures",
-    licence="Apache-2.0",
-    native_size=128,
-    size_multiple=128,
-    smallest=128,
-    largest=128,
-    folder="toy/judge",
-    is_toy=True,
-    recipe="judge:toy",
-)
-
 JUDGE = replace(
     TOY,
     key="judge-toy",

@@ -32,6 +32,8 @@ class Network(nn.Module):
         Mapping[str, tuple[Any, ...]]
     ] = {}  # keys of older configurations: values meaning "off"
     takes_unknown_keys: ClassVar[bool] = False
+    # fields that the libraries' class of this name does not know: written only when they say something
+    beyond: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config = None, **options: Any) -> None:
         super().__init__()
@@ -66,6 +68,12 @@ class Network(nn.Module):
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
+    def empty(cls, config: Config) -> Self:
+        """On the meta device: no memory and no random numbers, for a state dict to be assigned."""
+        with torch.device("meta"), _Uninitialised():
+            return cls(config)
+
+    @classmethod
     def from_pretrained(
         cls,
         folder: Path | str,
@@ -79,9 +87,7 @@ class Network(nn.Module):
         finite.
         """
         folder = Path(folder)
-        config = cls.read_config(folder)
-        with torch.device("meta"), _Uninitialised():  # no memory and no random numbers, to be overwritten
-            model = cls(config)
+        model = cls.empty(cls.read_config(folder))
         state = model.rename(read_tensors(folder, cls.weights_name))
         model.check_state(state, folder)
         # Moving one tensor at a time keeps the peak at one copy of the weights.
@@ -95,7 +101,13 @@ class Network(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        entries = {**self.header, **dataclasses.asdict(self.config)}
+        idle = {
+            field.name
+            for field in dataclasses.fields(self.config)
+            if field.name in self.beyond and getattr(self.config, field.name) == field.default
+        }
+        values = dataclasses.asdict(self.config)
+        entries = {**self.header, **{key: value for key, value in values.items() if key not in idle}}
         (folder / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         save_file(state, folder / self.weights_name, metadata={"format": "pt"})

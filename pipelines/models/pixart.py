@@ -12,7 +12,7 @@ and columns, S timesteps in one table, E blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
@@ -24,6 +24,8 @@ from torch.nn import functional
 from pipelines.attention import Attend, sdpa_attention
 from pipelines.models.layers import TIME_FEATURES, Embedder, position_table, time_features
 from pipelines.models.network import Network
+
+KV_SAMPLING = ("conv", "uniform", "ave", "uniform_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,11 @@ class PixArtConfig:
     use_additional_conditions: bool | None = None  # size and aspect ratio; None: yes when sample_size is 128
     caption_channels: int | None = None  # width of the text encoder; None: captions already fit
     attention_type: str | None = "default"
+    # What diffusers does not have: section 3.2 of the second paper, and the checkpoints' normalised queries.
+    qk_norm: bool = False
+    kv_compress_sampling: str | None = None  # conv, uniform, ave or uniform_every
+    kv_compress_factor: int = 1  # per side for all but uniform_every
+    kv_compress_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, only in (
@@ -70,6 +77,17 @@ class PixArtConfig:
             raise ValueError(
                 f"cross_attention_dim is {self.cross_attention_dim}, captions are projected to {self.width}"
             )
+        if self.kv_compress_layers:
+            if self.kv_compress_sampling not in KV_SAMPLING:
+                raise ValueError(
+                    f"kv_compress_sampling must be one of {', '.join(KV_SAMPLING)}, "
+                    f"not {self.kv_compress_sampling!r}"
+                )
+            if self.kv_compress_factor < 2:
+                raise ValueError(f"kv_compress_factor must be 2 or more, not {self.kv_compress_factor!r}")
+            outside = [i for i in self.kv_compress_layers if not 0 <= i < self.num_layers]
+            if outside:
+                raise ValueError(f"kv_compress_layers names {outside}, there are {self.num_layers} layers")
 
     @property
     def width(self) -> int:
@@ -125,6 +143,10 @@ class Modulation:
         return Modulation(self.blocks_ES6D.repeat(1, times, 1, 1), self.final_S2D.repeat(times, 1, 1))
 
 
+# Index of a block, tokens about to enter it, modulation of all blocks -> tokens. For control branches.
+Between = Callable[[int, Tensor, Modulation], Tensor]
+
+
 class Output(NamedTuple):
     """Named like diffusers' output, and a tuple as well."""
 
@@ -155,9 +177,59 @@ class Attention(nn.Module):
         """Two of (B, H, L, K)."""
         return self.split(self.to_k(x_BLD)), self.split(self.to_v(x_BLD))
 
+    def queries(self, x_BND: Tensor) -> Tensor:
+        """(B, H, N, K)."""
+        return self.split(self.to_q(x_BND))
+
     def forward(self, x_BND: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor | None = None) -> Tensor:
-        y_BHNK = self.attend(self.split(self.to_q(x_BND)), k_BHLK, v_BHLK, mask)
+        y_BHNK = self.attend(self.queries(x_BND), k_BHLK, v_BHLK, mask)
         return self.out(y_BHNK.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    """Of image tokens, with two options: normalised queries and keys, and fewer keys and values than
+    tokens."""
+
+    def __init__(self, config: PixArtConfig, compressed: bool) -> None:
+        width = config.width
+        super().__init__(width, width, config.num_attention_heads, config.attention_bias, config.dropout)
+        self.q_norm = nn.LayerNorm(width) if config.qk_norm else None
+        self.k_norm = nn.LayerNorm(width) if config.qk_norm else None
+        self.sampling = config.kv_compress_sampling if compressed else None
+        self.factor = factor = config.kv_compress_factor
+        if self.sampling == "conv":  # keys and values share it; it starts as a mean over its window
+            self.sr = nn.Conv2d(width, width, factor, factor, groups=width)
+            nn.init.constant_(self.sr.weight, 1 / factor**2)
+            nn.init.zeros_(self.sr.bias)
+            self.norm = nn.LayerNorm(width)
+
+    def queries(self, x_BND: Tensor) -> Tensor:
+        q_BND = self.to_q(x_BND)
+        return self.split(q_BND if self.q_norm is None else self.q_norm(q_BND))
+
+    def grid_keys_and_values(self, x_BND: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Two of (B, H, L, K), L being the tokens that compression leaves of grid = rows, columns."""
+        k_BND, v_BND = self.to_k(x_BND), self.to_v(x_BND)
+        if self.k_norm is not None:
+            k_BND = self.k_norm(k_BND)
+        return self.split(self._compress(k_BND, grid)), self.split(self._compress(v_BND, grid))
+
+    def _compress(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        factor = self.factor
+        if self.sampling is None:
+            return x_BND
+        if self.sampling == "conv":
+            x_BDYX = self.sr(x_BND.transpose(1, 2).unflatten(2, grid))
+            return self.norm(x_BDYX.flatten(2).transpose(1, 2))
+        if self.sampling == "uniform_every":
+            if x_BND.shape[1] % factor:
+                raise ValueError(f"{x_BND.shape[1]} tokens cannot be thinned by {factor}")
+            return x_BND[:, ::factor]
+        rows, columns = (side // factor * factor for side in grid)
+        if self.sampling == "uniform" and (rows, columns) != grid:
+            raise ValueError(f"{grid[0]} x {grid[1]} tokens cannot be thinned by {factor} per side")
+        # `ave` is published as a resize to the nearest neighbour, which keeps the same tokens
+        return x_BND.unflatten(1, grid)[:, :rows:factor, :columns:factor].flatten(1, 2)
 
 
 class Gelu(nn.Module):
@@ -183,22 +255,22 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """adaLN-single (section 2.3 of the first paper): one modulation for all blocks, plus own offsets."""
 
-    def __init__(self, config: PixArtConfig) -> None:
+    def __init__(self, config: PixArtConfig, compressed: bool = False) -> None:
         super().__init__()
         width, heads, dropout = config.width, config.num_attention_heads, config.dropout
         context = config.cross_attention_dim or width
         affine = config.norm_elementwise_affine
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
-        self.attn1 = Attention(width, width, heads, config.attention_bias, dropout)
+        self.attn1 = SelfAttention(config, compressed)
         self.attn2 = Attention(width, context, heads, config.attention_bias, dropout)
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
         self.ff = FeedForward(width, dropout)
         self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, width), std=width**-0.5))
 
-    def attend_image(self, x_BND: Tensor, table_B6D: Tensor) -> Tensor:
+    def attend_image(self, x_BND: Tensor, table_B6D: Tensor, grid: tuple[int, int]) -> Tensor:
         shift, scale, gate = table_B6D[:, :3, None].unbind(1)
         y_BND = torch.addcmul(shift, self.norm1(x_BND), scale)
-        return torch.addcmul(x_BND, gate, self.attn1(y_BND, *self.attn1.keys_and_values(y_BND)))
+        return torch.addcmul(x_BND, gate, self.attn1(y_BND, *self.attn1.grid_keys_and_values(y_BND, grid)))
 
     def attend_text(self, x_BND: Tensor, text: TextStates, block: int) -> Tensor:
         parts = [self._attend_run(x_BND[run.rows], run, block) for run in text.runs]
@@ -287,6 +359,7 @@ class PixArtTransformer2DModel(Network):
         "patch_size",
         "caption_channels",
     )
+    beyond = ("qk_norm", "kv_compress_sampling", "kv_compress_factor", "kv_compress_layers")
     # Checkpoints published as Transformer2DModel carry options of other families, switched off.
     ignored: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "double_self_attention": (False,),
@@ -301,7 +374,9 @@ class PixArtTransformer2DModel(Network):
         width = config.width
         self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
         self.pos_embed = PatchEmbed(config.in_channels, width, config.patch_size)
-        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            Block(config, index in config.kv_compress_layers) for index in range(config.num_layers)
+        )
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, width), std=width**-0.5))
         self.proj_out = nn.Linear(width, config.patch_size**2 * self.out_channels)
@@ -403,6 +478,7 @@ class PixArtTransformer2DModel(Network):
         *,
         text: TextStates | None = None,
         modulation: Modulation | None = None,  # one row, or one per row of the batch
+        between: Between | None = None,  # changes the tokens before each block but the first
     ) -> Output:
         """(B, out_channels, Y, X).
 
@@ -426,9 +502,12 @@ class PixArtTransformer2DModel(Network):
             raise ValueError(f"{text.batch} captions do not fit {batch} latents")
 
         x_BND = self.pos_embed(hidden_states)
-        x_BND = x_BND + self.positions(rows // patch, columns // patch, x_BND.dtype, x_BND.device)
+        grid = (rows // patch, columns // patch)
+        x_BND = x_BND + self.positions(*grid, x_BND.dtype, x_BND.device)
         for index, block in enumerate(self.transformer_blocks):
-            x_BND = block.attend_image(x_BND, modulation.blocks_ES6D[index])
+            if index and between is not None:
+                x_BND = between(index, x_BND, modulation)
+            x_BND = block.attend_image(x_BND, modulation.blocks_ES6D[index], grid)
             if index == 0 and times > 1:
                 x_BND, modulation = x_BND.repeat(times, 1, 1), modulation.repeat(times)
             x_BND = block.attend_text(x_BND, text, index)
@@ -436,7 +515,7 @@ class PixArtTransformer2DModel(Network):
 
         shift, scale = modulation.final_S2D[:, :, None].unbind(1)
         x_BND = self.proj_out(torch.addcmul(shift, self.norm_out(x_BND), scale))
-        return Output(self._unpatch(x_BND, rows // patch, columns // patch))
+        return Output(self._unpatch(x_BND, *grid))
 
     def _unpatch(self, x_BND: Tensor, rows: int, columns: int) -> Tensor:
         patch = self.config.patch_size
