@@ -85,6 +85,26 @@ GUIDANCE = Input(
     maximum=30,
     step=0.1,
 )
+SCHEDULER = Input(
+    name="scheduler",
+    kind="choice",
+    label="Scheduler",
+    help="how to walk from noise to picture; default is the one that came with the weights",
+    argument="scheduler",
+    default="default",
+    choices=("default", "dpm++", "dpm++-official", "ddim", "ddpm", "euler", "unipc", "sa"),
+    advanced=True,
+)
+NULL_CAPTION = Input(
+    name="null_caption",
+    kind="choice",
+    label="Null caption",
+    help="over how many tokens the negative prompt is read: its own, or as published the prompt's",
+    argument="null_caption",
+    default="own",
+    choices=("own", "prompt"),
+    advanced=True,
+)
 SEED = Input(
     name="seed",
     kind="seed",
@@ -125,7 +145,18 @@ MODELS = index(
             "toy": "pixart-sigma-toy",
         },
         makes="image",
-        inputs=(PROMPT, NEGATIVE_PROMPT, WIDTH, HEIGHT, STEPS, GUIDANCE, SEED, COUNT),
+        inputs=(
+            PROMPT,
+            NEGATIVE_PROMPT,
+            WIDTH,
+            HEIGHT,
+            STEPS,
+            GUIDANCE,
+            SEED,
+            COUNT,
+            SCHEDULER,
+            NULL_CAPTION,
+        ),
         max_tokens=300,
     ),
 )

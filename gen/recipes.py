@@ -238,8 +238,16 @@ def _pixart_sigma_toy(run: Run) -> None:
 
 # ----------------------------------------------------------------------------------------------- judge:toy
 
-JUDGE_SCENES = 10_000
-JUDGE = {"steps": 8_000, "batch": 32, "lr": 3e-3, "ema": 0.995, "warmup": 50, "cooldown": 0.5}
+JUDGE_SCENES = 20_000
+JUDGE = {
+    "steps": 8_000,
+    "batch": 32,
+    "lr": 3e-3,
+    "ema": 0.995,
+    "warmup": 50,
+    "cooldown": 0.5,
+    "mixed": True,
+}
 
 
 def _judge_toy(run: Run) -> None:

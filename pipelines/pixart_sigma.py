@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines import Step, attention, components
+from pipelines import Step, attention, components, schedulers, tiling
 from pipelines.bins import BINS, nearest_bin
 from pipelines.models.pixart import PixArtTransformer2DModel
 
@@ -39,6 +39,8 @@ Predict = Callable[[Tensor, int, Tensor], Tensor]  # latents, index of the step,
 Callback = Callable[["PixArtSigmaPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+NULL_CAPTIONS = ("own", "prompt")
+TILED_FROM = 1536 * 1536  # pixels; a decoder of SDXL's width takes about 6 GB in float32 for as many
 MAX_STEPS = 1000  # as many as there are training timesteps
 
 
@@ -196,7 +198,9 @@ class PixArtSigmaPipeline:
         width: int | None = None,
         num_inference_steps: int = 20,
         timesteps: Sequence[int] | None = None,  # instead of a number of steps
+        scheduler: str = schedulers.STORED,  # or a name of pipelines.schedulers
         guidance_scale: float = 4.5,  # 1 or less: no guidance, half the work
+        null_caption: str = "own",  # "prompt": the published way, see `encode_null`
         generator: Generators = None,  # one for all pictures, or a list with one for each
         num_images_per_prompt: int = 1,
         eta: float = 0.0,  # for schedulers that have it
@@ -223,36 +227,43 @@ class PixArtSigmaPipeline:
         captions, mask = _repeat(captions, mask, num_images_per_prompt)
         batch = len(captions)
         if guided:
-            empty, empty_mask = self._captions(
-                negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, **limits
-            )
-            captions, mask = _stack(_repeat(empty, empty_mask, batch // len(empty)), (captions, mask))
+            if null_caption == "prompt" and negative_prompt_embeds is None:
+                empty, empty_mask = self.encode_null(negative_prompt, mask, max_sequence_length)
+            else:
+                empty, empty_mask = self._captions(
+                    negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, **limits
+                )
+                empty, empty_mask = _repeat(empty, empty_mask, batch // len(empty))
+            captions, mask = _stack((empty, empty_mask), (captions, mask))
         text = self.transformer.text_states(captions, mask)
         # 3. Lay out the schedule, on a copy: runs share nothing
-        scheduler = copy.deepcopy(self.scheduler)
-        if timesteps is None:
-            scheduler.set_timesteps(num_inference_steps, device=self.device)
+        if scheduler == schedulers.STORED:
+            walk = copy.deepcopy(self.scheduler)
         else:
-            scheduler.set_timesteps(timesteps=list(timesteps), device=self.device)
+            walk = schedulers.make(scheduler, self.scheduler)
+        if timesteps is None:
+            walk.set_timesteps(num_inference_steps, device=self.device)
+        else:
+            walk.set_timesteps(timesteps=list(timesteps), device=self.device)
         # 4. Start from noise, as strong as the schedule begins
         size = self.drawn_size(height, width, use_resolution_binning)
         noise = self.noise(batch, *size, generator) if latents is None else latents
-        latents = noise.to(self.device, torch.float32) * scheduler.init_noise_sigma
+        latents = noise.to(self.device, torch.float32) * walk.init_noise_sigma
         # 5. Walk
-        modulation = self.transformer.modulation(scheduler.timesteps, self.micro_conditions(*size))
+        modulation = self.transformer.modulation(walk.timesteps, self.micro_conditions(*size))
         predict = self.predictor(text, modulation, guidance_scale if guided else 1.0)
-        extra = _accepted(scheduler.step, {"generator": generator, "eta": eta})
-        count = len(scheduler.timesteps)
+        extra = _accepted(walk.step, {"generator": generator, "eta": eta})
+        count = len(walk.timesteps)
         self.interrupt = False
-        for index, timestep in enumerate(scheduler.timesteps):
-            prediction = predict(scheduler.scale_model_input(latents, timestep), index, timestep)
-            latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+        for index, timestep in enumerate(walk.timesteps):
+            prediction = predict(walk.scale_model_input(latents, timestep), index, timestep)
+            latents = walk.step(prediction, timestep, latents, **extra, return_dict=False)[0]
             if callback_on_step_end is not None:
                 offered = {"latents": latents, "prompt_embeds": captions}
                 chosen = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, index, timestep, chosen) or {}
                 latents = returned.get("latents", latents)
-            yield Step(index, count, latents, timestep, getattr(scheduler, "denoised", None))
+            yield Step(index, count, latents, timestep, getattr(walk, "denoised", None))
             if self.interrupt:
                 return
 
@@ -285,7 +296,9 @@ class PixArtSigmaPipeline:
         width: int | None = None,
         num_inference_steps: int = 20,
         timesteps: Sequence[int] | None = None,
+        scheduler: str = schedulers.STORED,
         guidance_scale: float = 4.5,
+        null_caption: str = "own",
         generator: Generators = None,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
@@ -323,8 +336,9 @@ class PixArtSigmaPipeline:
             not timesteps or any(later >= earlier for earlier, later in pairwise(timesteps))
         ):
             raise ValueError("timesteps must be descending")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        _check_choice("scheduler", scheduler, schedulers.names())
+        _check_choice("null_caption", null_caption, NULL_CAPTIONS)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
             raise ValueError(
@@ -373,6 +387,29 @@ class PixArtSigmaPipeline:
             rows.append(self.text_encoder(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L))[0][0])
         return _pad(rows)
 
+    @torch.inference_mode()
+    def encode_null(
+        self, texts: str | list[str], mask: Tensor, max_sequence_length: int = 300
+    ) -> tuple[Tensor, Tensor]:
+        """Null captions the published way: (B, L, D) and the mask (B, L) of the prompts, which they share.
+
+        The published code attends the null caption over as many tokens as the prompt has, the padding behind
+        its end token included; diffusers over its own tokens only. `texts`: one, or one for each row.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        device = self.text_encoder.device
+        rows = []
+        for index, count in enumerate(mask.sum(1).tolist()):
+            text = texts[index * len(texts) // len(mask)].lower().strip()
+            ids = self.tokenizer(text, truncation=True, max_length=max_sequence_length).input_ids
+            padding = [self.tokenizer.pad_token_id] * (count - len(ids))
+            ids_1L = torch.tensor([ids + padding], device=device)
+            real_1L = torch.arange(ids_1L.shape[1], device=device)[None] < len(ids)
+            states = self.text_encoder(input_ids=ids_1L, attention_mask=real_1L.long())[0]
+            rows.append(states[0, :count])
+        captions, shared = _pad(rows)
+        return captions.to(self.device, self.transformer.dtype), shared.to(self.device)
+
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt, the end token included."""
         return len(self.tokenizer(prompt.lower().strip(), verbose=False).input_ids)
@@ -402,15 +439,27 @@ class PixArtSigmaPipeline:
         latents: Tensor,  # (B, C, Y, X)
         output_type: str = "pil",
         size: tuple[int, int] | None = None,  # (height, width) to resize and crop to; None: as drawn
+        tiled: bool | None = None,  # in overlapping tiles, for little memory; None: for large pictures
     ) -> Any:
         """Latents to pictures: a list of PIL images, a (B, 3, Y, X) tensor or (B, Y, X, 3) array in 0..1."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        factor = self.vae_scale_factor
+        if tiled is None:
+            tiled = scaled[0, 0].numel() * factor**2 > TILED_FROM
+
+        def decode(row: Tensor) -> Tensor:
+            return self.vae.decode(row, return_dict=False)[0]
+
         # One at a time: less memory, and a picture does not depend on its neighbours.
-        images = torch.cat([self.vae.decode(row, return_dict=False)[0] for row in scaled.split(1)]).float()
+        images = torch.cat(
+            [
+                tiling.decode_in_tiles(decode, row, factor=factor) if tiled else decode(row)
+                for row in scaled.split(1)
+            ]
+        ).float()
         if size is not None:
             images = _resize_and_crop(images, *size)
         images = (images / 2 + 0.5).clamp(0, 1)
@@ -477,6 +526,11 @@ class PixArtSigmaPipeline:
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_texts(name: str, texts: Any) -> None:

@@ -6,6 +6,7 @@ import of transformers is spared. Folders with no such file (`spiece.model` alon
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -64,6 +65,13 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills short rows: T5's is 0."""
+        config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+        found = self.backend.token_to_id(str(config.get("pad_token", "<pad>")))
+        return 0 if found is None else found
 
     def __call__(
         self,

@@ -311,7 +311,7 @@ class JudgeTask:
         picks = self.random.choices(range(self.held, len(self.scenes)), k=batch)
         pictures = augment(self.pictures[picks].float() / 255).to(self.device)
         truth = {k: v.to(self.device) for k, v in targets([self.scenes[i] for i in picks]).items()}
-        return judge_loss(self.module(pictures), truth)
+        return judge_loss(self.module(pictures).float(), truth)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         held = self.pictures[: self.held].float().to(self.device) / 255

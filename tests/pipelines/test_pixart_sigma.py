@@ -463,3 +463,43 @@ def test_a_binned_model_takes_any_size_in_its_range(binned: PixArtSigmaPipeline)
 def test_an_unknown_argument_is_an_error(pipeline: PixArtSigmaPipeline) -> None:
     with pytest.raises(TypeError, match="sigmas"):
         pipeline("a red cube", sigmas=[1.0])
+
+
+# The published null caption, and decoding in tiles
+
+
+def test_the_published_null_caption_is_read_over_as_many_tokens_as_the_prompt(
+    pipeline: PixArtSigmaPipeline, theirs
+) -> None:
+    """As in the published code: the padded null caption, with the prompt's mask."""
+    ids = theirs.tokenizer(
+        ["a red cube", "a small shiny sphere"], padding="max_length", max_length=12, return_tensors="pt"
+    )
+    empty = theirs.tokenizer([""], padding="max_length", max_length=12, return_tensors="pt")
+    with torch.inference_mode():
+        states = theirs.text_encoder(**empty)[0]
+    captions, mask = pipeline.encode_null("", ids.attention_mask)
+    assert torch.equal(mask, ids.attention_mask.bool()[:, : mask.shape[1]])
+    for row, count in enumerate(mask.sum(1).tolist()):
+        assert relative(captions[row, :count], states[0, :count]) < 1e-5
+
+
+def test_the_null_caption_can_be_chosen(pipeline: PixArtSigmaPipeline) -> None:
+    def draw(**options: Any) -> Tensor:
+        return pipeline(
+            "a red cube", num_inference_steps=2, generator=seeded(2)[0], output_type="latent", **options
+        ).images
+
+    assert torch.equal(draw(), draw(null_caption="own"))
+    assert not torch.allclose(draw(), draw(null_caption="prompt"))
+    with pytest.raises(ValueError, match="null_caption must be one of own, prompt"):
+        next(pipeline.denoise("a cube", null_caption="other"))
+
+
+def test_tiled_decoding_is_near_decoding_at_once(pipeline: PixArtSigmaPipeline) -> None:
+    latents = torch.randn(1, 4, 80, 72, generator=seeded(4)[0]) * 0.5
+    whole = pipeline.decode(latents, "pt", tiled=False)
+    tiled = pipeline.decode(latents, "pt", tiled=True)
+    assert tiled.shape == whole.shape == (1, 3, 640, 576)
+    assert (tiled - whole).abs().mean() < 0.05  # group norms see a tile rather than the whole
+    assert not torch.equal(tiled, whole)
