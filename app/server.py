@@ -219,18 +219,18 @@ def bind(host: str, port: int) -> socket.socket:
             raise GenError(
                 f"Port {port} on {host} is in use by another program.",
                 hint=f"Choose another with --port {port + 1}, or let --port 0 find a free one.",
-                code="failed",
+                code="no_server",
             ) from error
         if number == errno.EACCES:
             raise GenError(
                 f"Port {port} on {host} needs more rights than this user has.",
                 hint="Choose a port above 1023, for instance --port 7860.",
-                code="failed",
+                code="no_server",
             ) from error
         raise GenError(
             f"Cannot listen on {host} port {port}: {error}.",
             hint="--host takes an address of this computer, 127.0.0.1 for instance.",
-            code="failed",
+            code="no_server",
         ) from error
     return listener
 

@@ -202,7 +202,7 @@ def test_a_port_in_use_is_said_to_be_and_another_proposed():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = run("--port", str(port))
-    assert ended.exit_code == 1
+    assert ended.exit_code == 7
     assert f"Port {port} on 127.0.0.1 is in use" in ended.stderr
     assert "--port 0" in ended.stderr
     assert "Traceback" not in ended.output

@@ -135,6 +135,7 @@ def test_ten_steps_with_guidance_equal_the_official_code(monkeypatch: pytest.Mon
         )
     )
     assert distance(steps[0].latents, golden["after_step0"][:1]) <= 2e-4
+    assert distance(steps[5].latents, golden["mid"][:1]) <= 2e-4
     assert distance(steps[-1].latents, golden["final"][:1]) <= 2e-4
 
 
@@ -333,7 +334,7 @@ def test_names_can_be_searched(pipeline: DiTPipeline) -> None:
     assert pipeline.find_labels("CRANE") == [(2, "crane"), (3, "crane")]
     assert pipeline.find_labels("shrak") == []
     assert pipeline.find_labels("blu sphere") == [(1, "blue sphere")]
-    assert len(pipeline.find_labels("")) == 7
+    assert len(pipeline.find_labels("")) == 8
 
 
 @pytest.mark.parametrize(
@@ -378,6 +379,15 @@ def test_saving_and_loading_draws_the_same(pipeline: DiTPipeline, published: boo
     given: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
     expected = pipeline(0, generator=seeded(1)[0], **given).images
     assert torch.equal(again("red cube", generator=seeded(1)[0], **given).images, expected)
+
+
+def test_diffusers_refuses_the_smaller_file_instead_of_filling_it_up(tmp_path: Path) -> None:
+    """Handed the network's folder alone it would take random embedders for the missing ones, and draw."""
+    from diffusers import DiTPipeline as Theirs
+
+    small(scheduler=DPMSolver()).save_pretrained(tmp_path, published=False)
+    with pytest.raises(ValueError, match="pipelines"):
+        Theirs.from_pretrained(tmp_path)
 
 
 def test_a_folder_that_diffusers_wrote_and_the_older_names_load(tmp_path: Path) -> None:

@@ -43,14 +43,11 @@ def network() -> PixArtTransformer2DModel:
         if re.search(r"(y_embedding|scale_shift_table)$", name):
             factor = 0.5
         bare = name.removeprefix("base_model.")
-        state[bare] = factor * drawn(PREFIX + bare, shape)
+        state[bare] = factor * drawn(bare, shape)
     (part,) = convert(state, "pixart-alpha", case["model"]).parts
     model = PixArtTransformer2DModel(**part.config).eval()
     model.load_state_dict(part.state)
     return model
-
-
-PREFIX = "base_model."
 
 
 @torch.inference_mode()
@@ -69,7 +66,6 @@ def test_a_walk_equals_the_published_code(numbers: dict[str, np.ndarray]) -> Non
         latents, denoised = solver.step(prediction, timestep, latents, variance_noise=noise)
         expected = torch.from_numpy(numbers[f"denoised{index}"])
         far.append(((denoised - expected).abs().max() / expected.abs().max()).item())
-    print(far)
     assert max(far) <= 2e-4, far  # the golden files' tolerance for loops
     assert torch.equal(latents, denoised)
 
@@ -83,7 +79,7 @@ def test_timesteps_are_the_published_ones(steps: int, numbers: dict[str, np.ndar
 
 def test_the_boundary_is_the_published_one(numbers: dict[str, np.ndarray]) -> None:
     found = [LCMSolver().boundary(timestep) for timestep in (0, 1, 19, 259, 279, 999)]
-    np.testing.assert_allclose(found, numbers["c_skip_c_out"], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(found, numbers["c_skip_c_out"], rtol=1e-6, atol=0)  # stored from float32
 
 
 # ---------------------------------------------------------------------------------------- diffusers
@@ -120,9 +116,13 @@ def test_the_other_spacing_is_diffusers(origin: int) -> None:
         ours.set_timesteps(steps)
         other.set_timesteps(steps)
         assert ours.timesteps.tolist() == other.timesteps.tolist()
-    LCMSolver().set_timesteps(4)
-    ours.set_timesteps(4)
-    assert origin == 40 or ours.timesteps.tolist() == [999, 759, 499, 259]
+
+
+def test_four_steps_tell_the_spacings_apart() -> None:
+    for spacing, expected in (("official", [999, 759, 519, 279]), ("diffusers", [999, 759, 499, 259])):
+        solver = LCMSolver(timestep_spacing=spacing)
+        solver.set_timesteps(4)
+        assert solver.timesteps.tolist() == expected
 
 
 @pytest.mark.parametrize("chosen", [{"num_inference_steps": 4}, {"timesteps": [999, 700, 350, 3]}], ids=str)
@@ -157,7 +157,8 @@ def test_a_list_of_generators_draws_for_each_picture_alone() -> None:
     for row, seed in enumerate((5, 6, 7)):
         generator = torch.Generator().manual_seed(seed)
         alone = walk(LCMSolver(), latents[row : row + 1], generator, num_inference_steps=3)[-1]
-        torch.testing.assert_close(together[row : row + 1], alone)
+        # the first step divides rounding by 0.006
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_settings_survive_a_round_trip_through_diffusers(tmp_path: Path) -> None:
@@ -243,13 +244,13 @@ def test_steps_out_of_turn_are_refused() -> None:
 
 
 def test_half_precision_keeps_its_type_and_loses_little() -> None:
-    latents = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    latents, prediction = torch.randn(2, 1, 4, 6, 6).bfloat16().unbind()
     solver = LCMSolver()
     solver.set_timesteps(1)
-    found, _ = solver.step(latents, 999, latents * 0.5)
+    found, _ = solver.step(prediction, 999, latents)
     assert found.dtype == torch.bfloat16
     solver.set_timesteps(1)
-    expected, _ = solver.step(latents.float() * 0.5, 999, latents.float())
+    expected, _ = solver.step(prediction.float(), 999, latents.float())
     # one rounding, of the result
     torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=0)
 

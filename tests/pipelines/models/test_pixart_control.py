@@ -158,7 +158,6 @@ def test_it_equals_the_published_code(case: str) -> None:
         "out_no_control": far(model(**given).sample, numbers["out_no_control"]),
         "out_c_batch1": far(model(**given, control_latents=picture[:1]).sample, numbers["out_c_batch1"]),
     }
-    print(case, measured)
     assert len(gains) == meta["copy_blocks_num"]
     assert max(measured.values()) <= 2e-5, measured
 
@@ -252,7 +251,7 @@ def test_gradients_reach_the_branch_and_not_the_base() -> None:
     def reached() -> set[str]:
         control.zero_grad()
         model(**given, control_latents=edges()).sample.square().mean().backward()
-        return {name for name, parameter in control.named_parameters() if parameter.grad.abs().max() > 0}  # type: ignore[union-attr]
+        return {name for name, parameter in control.named_parameters() if parameter.grad.abs().max() > 0}
 
     # While the layers after the copies are zero, nothing behind them matters.
     last = {f"controlnet_blocks.{j}.after_proj.{kind}" for j in (0, 1) for kind in ("weight", "bias")}
