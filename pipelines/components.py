@@ -60,6 +60,12 @@ PARTS: Mapping[str, Part] = {
     "DPMSolverMultistepScheduler": _scheduler(
         "DPMSolverMultistepScheduler", "pipelines.dpm_solver:DPMSolver"
     ),
+    "LearnedRangeScheduler": Part(
+        ours="pipelines.learned_range:LearnedRangeScheduler",
+        config="scheduler_config.json",
+        kind="scheduler",
+    ),
+    "LCMScheduler": _scheduler("LCMScheduler", "pipelines.lcm:LCMSolver"),
     **{
         name: _scheduler(name)
         for name in (
@@ -105,10 +111,13 @@ def read_index(folder: Path, pipeline: str, names: tuple[str, ...]) -> dict[str,
     return classes
 
 
-def write_index(folder: Path, pipeline: str, classes: Mapping[str, tuple[str, str]]) -> None:
-    """model_index.json, as diffusers writes it: part -> (library, class)."""
+def write_index(
+    folder: Path, pipeline: str, classes: Mapping[str, tuple[str, str]], more: Mapping[str, Any] | None = None
+) -> None:
+    """model_index.json, as diffusers writes it: part -> (library, class), and entries that are no parts."""
     entries: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.42.1"}
     entries |= {name: list(entry) for name, entry in sorted(classes.items())}
+    entries |= more or {}
     (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 

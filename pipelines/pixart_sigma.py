@@ -12,11 +12,8 @@ The pipeline reads and writes ordinary diffusers folders, takes the arguments of
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,33 +22,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines import Step, attention, components, schedulers, tiling
+from pipelines import Step, components, schedulers
 from pipelines.bins import BINS, nearest_bin
+from pipelines.latent_images import (
+    MAX_STEPS,
+    OUTPUT_TYPES,
+    Generators,
+    ImagePipelineOutput,
+    LatentImagePipeline,
+    Predict,
+    accepted,
+    check_choice,
+    check_guidance,
+    check_integer,
+)
 from pipelines.models.pixart import PixArtTransformer2DModel
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 log = logging.getLogger(__name__)
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-Predict = Callable[[Tensor, int, Tensor], Tensor]  # latents, index of the step, timestep -> prediction
 Callback = Callable[["PixArtSigmaPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 NULL_CAPTIONS = ("own", "prompt")
-TILED_FROM = 1536 * 1536  # pixels; a decoder of SDXL's width takes about 6 GB in float32 for as many
-MAX_STEPS = 1000  # as many as there are training timesteps
 
 
-@dataclass
-class ImagePipelineOutput:
-    """Named like diffusers' result."""
-
-    images: Any
-
-
-class PixArtSigmaPipeline:
+class PixArtSigmaPipeline(LatentImagePipeline):
     """Five parts and the recipe that joins them. Parts may be ours or the libraries', in any mixture."""
 
     parts = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -66,12 +63,7 @@ class PixArtSigmaPipeline:
     ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
-        self.vae = vae
-        self.transformer = transformer
-        self.scheduler = scheduler
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.interrupt = False  # a callback may set it to stop after the current step
-        self._preview_map: Tensor | None = None
+        super().__init__(vae, transformer, scheduler)
 
     # Loading and saving
 
@@ -135,24 +127,6 @@ class PixArtSigmaPipeline:
         for name in ("text_encoder", "vae", "transformer"):
             getattr(self, name).to(device=device, dtype=dtype)
         return self
-
-    def set_attention(self, name: str = "auto") -> str:
-        """Choose the transformer's attention function; see `pipelines.attention`."""
-        return attention.set_attention(self.transformer, name)
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @property
-    def native_size(self) -> int:
-        """Pixels per side of the pictures it was trained on."""
-        return self.transformer.config.sample_size * self.vae_scale_factor
-
-    @property
-    def size_multiple(self) -> int:
-        """Sizes that are drawn as they are must be multiples of this many pixels."""
-        return self.transformer.config.patch_size * self.vae_scale_factor
 
     # The recipe
 
@@ -252,7 +226,7 @@ class PixArtSigmaPipeline:
         # 5. Walk
         modulation = self.transformer.modulation(walk.timesteps, self.micro_conditions(*size))
         predict = self.predictor(text, modulation, guidance_scale if guided else 1.0)
-        extra = _accepted(walk.step, {"generator": generator, "eta": eta})
+        extra = accepted(walk.step, {"generator": generator, "eta": eta})
         count = len(walk.timesteps)
         self.interrupt = False
         for index, timestep in enumerate(walk.timesteps):
@@ -319,26 +293,21 @@ class PixArtSigmaPipeline:
         _check_texts("negative_prompt", negative_prompt)
         _check_embeds("prompt", prompt_embeds, prompt_attention_mask)
         _check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
-        if (
-            not isinstance(guidance_scale, int | float)
-            or not math.isfinite(guidance_scale)
-            or guidance_scale < 0
-        ):
-            raise ValueError(f"guidance_scale must be a number of 0 or more, not {guidance_scale!r}")
+        check_guidance(guidance_scale)
         prompts = _rows(prompt, prompt_embeds)
         negatives = _rows(negative_prompt, negative_prompt_embeds)  # one serves all prompts
         if guidance_scale > 1.0 and negatives not in (1, prompts):
             raise ValueError(f"there are {negatives} negative prompts for {prompts} prompts")
-        _check_integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
-        _check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-        _check_integer("max_sequence_length", max_sequence_length, 1, 10_000)
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
+        check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_integer("max_sequence_length", max_sequence_length, 1, 10_000)
         if timesteps is not None and (
             not timesteps or any(later >= earlier for earlier, later in pairwise(timesteps))
         ):
             raise ValueError("timesteps must be descending")
-        _check_choice("output_type", output_type, OUTPUT_TYPES)
-        _check_choice("scheduler", scheduler, schedulers.names())
-        _check_choice("null_caption", null_caption, NULL_CAPTIONS)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("scheduler", scheduler, schedulers.names())
+        check_choice("null_caption", null_caption, NULL_CAPTIONS)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
             raise ValueError(
@@ -414,74 +383,10 @@ class PixArtSigmaPipeline:
         """Tokens of a prompt, the end token included."""
         return len(self.tokenizer(prompt.lower().strip(), verbose=False).input_ids)
 
-    def noise(self, batch: int, height: int, width: int, generator: Generators = None) -> Tensor:
-        """(batch, C, Y, X) of standard noise, float32, for a picture of this size in pixels.
-
-        With a list of generators picture n gets what it would get alone.
-        """
-        shape = (self.transformer.config.in_channels, *self._latent_size(height, width))
-        if generator is None or isinstance(generator, torch.Generator):
-            source = "cpu" if generator is None else generator.device
-            return torch.randn((batch, *shape), generator=generator, device=source)
-        drawn = [
-            torch.randn((1, *shape), generator=one, device=one.device).to(self.device) for one in generator
-        ]
-        return torch.cat(drawn)
-
     def micro_conditions(self, height: int, width: int) -> dict[str, Tensor]:
         """Size and aspect ratio, for those models that read them (PixArt-alpha at 1024 pixels)."""
         size = torch.tensor([[height, width]], dtype=torch.float32, device=self.device)
         return {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        latents: Tensor,  # (B, C, Y, X)
-        output_type: str = "pil",
-        size: tuple[int, int] | None = None,  # (height, width) to resize and crop to; None: as drawn
-        tiled: bool | None = None,  # in overlapping tiles, for little memory; None: for large pictures
-    ) -> Any:
-        """Latents to pictures: a list of PIL images, a (B, 3, Y, X) tensor or (B, Y, X, 3) array in 0..1."""
-        _check_choice("output_type", output_type, OUTPUT_TYPES)
-        if output_type == "latent":
-            return latents
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        factor = self.vae_scale_factor
-        if tiled is None:
-            tiled = scaled[0, 0].numel() * factor**2 > TILED_FROM
-
-        def decode(row: Tensor) -> Tensor:
-            return self.vae.decode(row, return_dict=False)[0]
-
-        # One at a time: less memory, and a picture does not depend on its neighbours.
-        images = torch.cat(
-            [
-                tiling.decode_in_tiles(decode, row, factor=factor) if tiled else decode(row)
-                for row in scaled.split(1)
-            ]
-        ).float()
-        if size is not None:
-            images = _resize_and_crop(images, *size)
-        images = (images / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).cpu().numpy()
-        return array if output_type == "np" else [_to_pil(one) for one in array]
-
-    @torch.inference_mode()
-    def preview(self, latents: Tensor) -> Image:
-        """A rough picture of the first latents, at full size, for much less than a step: no decoder.
-
-        Colours are a linear function of the latent channels, fitted once to how the encoder sees a colour
-        chart.
-        """
-        if self._preview_map is None:
-            self._preview_map = self._fit_preview()
-        table = self._preview_map
-        colours = torch.einsum("cyx,cr->yxr", latents[0].to(table), table[:-1]) + table[-1]
-        small = _to_pil((colours / 2 + 0.5).nan_to_num().clamp(0, 1).cpu().numpy())
-        factor = self.vae_scale_factor
-        return small.resize((small.width * factor, small.height * factor), resample=3)  # bicubic
 
     # Below stairs
 
@@ -493,44 +398,6 @@ class PixArtSigmaPipeline:
             embeds, mask = self.encode([texts] if isinstance(texts, str) else list(texts or []), **limits)
         assert mask is not None
         return embeds.to(self.device, self.transformer.dtype), mask.to(self.device)
-
-    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
-        return height // self.vae_scale_factor, width // self.vae_scale_factor
-
-    def _check_size(self, name: str, pixels: int | None, use_resolution_binning: bool) -> None:
-        if pixels is None:
-            return
-        native, multiple = self.native_size, self.size_multiple
-        if use_resolution_binning and native in BINS:
-            _check_integer(name, pixels, native // 4, native * 2)  # resized and cropped from the nearest bin
-            return
-        _check_integer(name, pixels, native // 2, native * 2)
-        if pixels % multiple:
-            raise ValueError(f"{name} must be a multiple of {multiple}, not {pixels}")
-
-    def _fit_preview(self) -> Tensor:
-        """(C + 1, 3): latent channels and a constant to red, green and blue in -1..1, by least squares."""
-        cells, side = 8, self.vae_scale_factor
-        draw = torch.Generator().manual_seed(0)
-        levels = torch.rand(1, 3, cells, cells, generator=draw) * 2 - 1
-        levels[..., cells // 2 :] = levels[..., cells // 2 :].mean(dim=1, keepdim=True)  # half of it grey
-        chart = levels.repeat_interleave(2 * side, 2).repeat_interleave(2 * side, 3)
-        encoded = self.vae.encode(chart.to(self.vae.device, self.vae.dtype))[0]
-        mean = (encoded.mean * self.vae.config.scaling_factor).float().cpu()
-        seen = mean[0].flatten(1).T
-        wanted = functional.avg_pool2d(chart, side)[0].flatten(1).T
-        fitted = torch.linalg.lstsq(torch.cat([seen, torch.ones(len(seen), 1)], dim=1), wanted).solution
-        return fitted.to(self.device)
-
-
-def _check_integer(name: str, value: Any, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_texts(name: str, texts: Any) -> None:
@@ -555,12 +422,6 @@ def _rows(texts: str | list[str] | None, embeds: Tensor | None) -> int:
     if embeds is not None:
         return embeds.shape[0]
     return len(texts) if isinstance(texts, list) else 1
-
-
-def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options the function has parameters for: schedulers differ."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in parameters}
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -599,23 +460,3 @@ def _clean(text: str) -> str:
         raise ValueError("clean_caption needs two more packages: pip install beautifulsoup4 ftfy")
     cleaner = Theirs.__new__(Theirs)  # the method reads nothing but a class attribute
     return cleaner._clean_caption(cleaner._clean_caption(text))
-
-
-def _resize_and_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear resize until both sides are covered, then cut from the centre."""
-    drawn_height, drawn_width = images.shape[-2:]
-    if (drawn_height, drawn_width) == (height, width):
-        return images
-    ratio = max(height / drawn_height, width / drawn_width)
-    # Rounding down could lose the last pixel: 1088 * (900 / 1088) is 899.99.
-    rows, columns = (max(int(drawn_height * ratio), height), max(int(drawn_width * ratio), width))
-    images = functional.interpolate(images, size=(rows, columns), mode="bilinear", align_corners=False)
-    top, left = (rows - height) // 2, (columns - width) // 2
-    return images[..., top : top + height, left : left + width]
-
-
-def _to_pil(array: Any) -> Image:
-    """(Y, X, 3) in 0..1 to an image."""
-    from PIL import Image as pil
-
-    return pil.fromarray((array * 255).round().astype("uint8"))

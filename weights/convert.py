@@ -308,8 +308,10 @@ def convert_pixart_control(state: State, given: Mapping[str, Any]) -> Conversion
             renamed |= taker.take(_both("before_proj", "before_proj"), old, new)
     taker.finish("pixart-control")
     kept = ("num_attention_heads", "attention_head_dim", "cross_attention_dim", "qk_norm")
-    kept += ("kv_compress_sampling", "kv_compress_factor", "kv_compress_layers")
     config = {key: value for key, value in base.parts[0].config.items() if key in kept}
+    if thinned := tuple(n for n in base.parts[0].config.get("kv_compress_layers", ()) if n < copies):
+        config |= {key: base.parts[0].config[key] for key in ("kv_compress_sampling", "kv_compress_factor")}
+        config["kv_compress_layers"] = thinned
     branch = Part(
         name="controlnet",
         class_name="PixArtControlNet",

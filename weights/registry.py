@@ -3,7 +3,9 @@ knows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,17 @@ class Checkpoint:
     repo_id: str = ""
     is_toy: bool = False  # trained in hours on procedural pictures: said wherever its pictures appear
     recipe: str = ""  # name for `gen train`; empty when the weights are not ours to make
+    files: tuple[str, ...] = ()  # what to fetch of a repository, if not all of it
+    family: str = ""  # for `gen convert --as`, when the files are in the official layout
+    companions: str = ""  # repository with the parts that this one lacks
+    network: str = ""  # class of the network that denoises
+    config: Mapping[str, Any] = field(default_factory=dict)  # its configuration, where it is no default
+    parameters: int = 0  # of that network, tables of positions not counted
+
+    @property
+    def bytes(self) -> int:
+        """Of the network in float32, as it is published."""
+        return 4 * self.parameters
 
     def __post_init__(self) -> None:
         assert bool(self.folder) != bool(self.repo_id), f"{self.key}: give a folder or a repo_id"
@@ -47,6 +60,32 @@ JUDGE = replace(
     recipe="judge:toy",
 )
 
+_PIXART = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+}
+_SIGMA_PARAMETERS = 610_856_096
+_MICRO_PARAMETERS = 493_056  # of the embedders of size and aspect ratio
+_CONTROL_PARAMETERS = 294_917_760
+
+
+def _pixart(size: int, *, scale: float, micro: bool = False, **more: Any) -> Mapping[str, Any]:
+    """Configuration of the XL/2 network for pictures of this size."""
+    return {
+        **_PIXART,
+        "sample_size": size // 8,
+        "interpolation_scale": scale,
+        "use_additional_conditions": micro,
+        **more,
+    }
+
+
 # Sizes between half and double the native one; the pipeline picks the nearest trained aspect ratio and crops.
 XL_1024 = Checkpoint(
     key="pixart-sigma-xl-1024",
@@ -57,10 +96,14 @@ XL_1024 = Checkpoint(
     smallest=512,
     largest=2048,
     repo_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    companions="PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+    network="PixArtTransformer2DModel",
+    config=_pixart(1024, scale=2),
+    parameters=_SIGMA_PARAMETERS,
 )
 
 
-def _sized(key: str, repo: str, size: int) -> Checkpoint:
+def _sigma(key: str, repo: str, size: int) -> Checkpoint:
     return replace(
         XL_1024,
         key=key,
@@ -69,6 +112,93 @@ def _sized(key: str, repo: str, size: int) -> Checkpoint:
         smallest=size // 2,
         largest=size * 2,
         repo_id=f"PixArt-alpha/PixArt-Sigma-XL-2-{repo}",
+        config=_pixart(size, scale=size / 512),
+    )
+
+
+def _official_sigma(repo: str, size: int) -> Checkpoint:
+    """The same weights as the authors' own files."""
+    return replace(
+        _sigma(f"pixart-sigma-xl-{size}-official", repo, size),
+        summary=f"PixArt-Sigma XL/2 at {size} pixels in the authors' own layout: for `gen convert`",
+        repo_id="PixArt-alpha/PixArt-Sigma",
+        files=(f"PixArt-Sigma-XL-2-{repo}.pth",),
+        family="pixart-sigma",
+    )
+
+
+LCM_1024 = replace(
+    XL_1024,
+    key="pixart-delta-xl-1024",
+    summary="PixArt-delta XL/2, distilled to 4 steps (LCM), 1024 pixels",
+    repo_id="PixArt-alpha/PixArt-LCM-XL-2-1024-MS",
+    companions="",
+    config=_pixart(1024, scale=2, micro=True),
+    parameters=_SIGMA_PARAMETERS + _MICRO_PARAMETERS,
+)
+LCM_LORA = replace(
+    LCM_1024,
+    key="pixart-delta-xl-1024-lora",
+    summary="LCM-LoRA of rank 32 for PixArt-alpha XL/2 at 1024 pixels",
+    repo_id="PixArt-alpha/PixArt-LCM-LoRA-XL-2-1024-MS",
+    network="",
+    config={},
+    parameters=0,
+)
+DMD_512 = replace(
+    XL_1024,
+    key="pixart-alpha-dmd-512",
+    summary="PixArt-alpha XL/2, distilled to one step (DMD), 512 pixels",
+    native_size=512,
+    smallest=256,
+    largest=1024,
+    repo_id="PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512",
+    companions="",
+    config=_pixart(512, scale=1),
+)
+CONTROL_1024 = replace(
+    LCM_1024,
+    key="pixart-delta-control-1024",
+    summary="PixArt-delta's ControlNet-Transformer for edges, 1024 pixels, with its base",
+    repo_id="PixArt-alpha/PixArt-ControlNet",
+    files=("PixArt-XL-2-1024-ControlNet.pth",),
+    family="pixart-control",
+    network="PixArtControlNet",
+    config={key: _PIXART[key] for key in ("num_attention_heads", "attention_head_dim", "cross_attention_dim")}
+    | {"num_layers": 13},
+    parameters=_CONTROL_PARAMETERS,
+)
+HED = replace(
+    LCM_LORA,
+    key="hed",
+    summary="HED: edges of a picture, for control images",
+    repo_id="PixArt-alpha/PixArt-alpha",
+    files=("ControlNetHED.pth",),
+)
+
+
+def _dit(size: int) -> Checkpoint:
+    return Checkpoint(
+        key=f"dit-xl-{size}",
+        summary=f"DiT XL/2, 675 M parameters, the 1000 classes of ImageNet, {size} pixels",
+        licence="CC-BY-NC-4.0",
+        native_size=size,
+        size_multiple=16,
+        smallest=size,
+        largest=size,
+        repo_id=f"facebook/DiT-XL-2-{size}",
+        network="DiTTransformer2DModel",
+        config={
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "num_layers": 28,
+            "in_channels": 4,
+            "out_channels": 8,
+            "sample_size": size // 8,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 1000,
+        },
+        parameters=674_834_720,
     )
 
 
@@ -79,11 +209,19 @@ def index(*rows: Checkpoint) -> dict[str, Checkpoint]:
     return table
 
 
+_SIGMA_SIZES = (("2K-MS", 2048), ("512-MS", 512), ("256x256", 256))
 CHECKPOINTS = index(
     XL_1024,
-    _sized("pixart-sigma-xl-2k", "2K-MS", 2048),
-    _sized("pixart-sigma-xl-512", "512-MS", 512),
-    _sized("pixart-sigma-xl-256", "256x256", 256),
+    *(_sigma(f"pixart-sigma-xl-{'2k' if size == 2048 else size}", repo, size) for repo, size in _SIGMA_SIZES),
+    _official_sigma("1024-MS", 1024),
+    *(_official_sigma(repo, size) for repo, size in _SIGMA_SIZES),
+    LCM_1024,
+    LCM_LORA,
+    DMD_512,
+    CONTROL_1024,
+    HED,
+    _dit(256),
+    _dit(512),
     TOY,
     JUDGE,
 )

@@ -113,13 +113,6 @@ def distance(found: Tensor, expected: np.ndarray) -> float:
     return np.abs(found.numpy() - expected).max() / max(1.0, np.abs(expected).max())
 
 
-@torch.inference_mode()
-def test_a_prediction_equals_the_official_code() -> None:
-    latents = golden_numbers("in:dit.x", (2, 4, 8, 8))
-    found = golden_pipeline().transformer(latents, torch.tensor([7, 503]), torch.tensor([3, 10])).sample
-    assert distance(found, np.load(GOLDEN / "dit_forward.npz")["out"]) <= 2e-5
-
-
 def test_ten_steps_with_guidance_equal_the_official_code(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, golden = golden_pipeline(), np.load(GOLDEN / "dit_sampling.npz")
     # The first of the two pictures: the second has no class, which guidance has no use for.
@@ -171,6 +164,19 @@ def test_with_other_schedulers_pictures_equal_diffusers(
     given = {"class_labels": [3, 777], "num_inference_steps": 10, "guidance_scale": guidance_scale}
     expected = theirs(**given, generator=seeded(1)[0], output_type="pt").images
     assert relative(ours(**given, generator=seeded(1)[0], output_type="pt").images, expected) <= 1e-4
+
+
+def test_the_scheduler_may_be_chosen(pipeline: DiTPipeline) -> None:
+    given: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
+    solver = small(scheduler=DPMSolver())
+    for asked, name, same in ((pipeline, "dpm++", solver), (solver, "learned-range", pipeline)):
+        found = asked(0, scheduler=name, generator=seeded(1)[0], **given).images
+        assert torch.equal(found, same(0, generator=seeded(1)[0], **given).images)
+    assert isinstance(pipeline.scheduler, LearnedRangeScheduler)
+    with pytest.raises(ValueError, match="num_inference_steps must be an integer from 2"):
+        solver.check(0, scheduler="learned-range", num_inference_steps=1)
+    with pytest.raises(ValueError, match="beta_schedule must be 'linear'"):
+        small(scheduler=DPMSolver(beta_schedule="scaled_linear")).check(0, scheduler="learned-range")
 
 
 # What it promises
@@ -450,6 +456,7 @@ def test_folders_that_do_not_fit_are_refused(
         ({"generator": seeded(1, 2)}, "2 generators for 1 pictures"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents must be \(1, 4, 8, 8\)"),
         ({"output_type": "jpeg"}, "output_type must be one of"),
+        ({"scheduler": "quick"}, "scheduler must be one of default, .*, learned-range, not 'quick'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "not noise"),
     ],
 )
@@ -464,7 +471,7 @@ def test_what_cannot_be_drawn_is_refused_before_any_work(
 
 
 def test_weights_that_lack_what_is_asked_are_refused() -> None:
-    with pytest.raises(ValueError, match="without the variance that LearnedRangeScheduler needs"):
+    with pytest.raises(ValueError, match="without the variance that the official sampler needs"):
         small(out_channels=4).check(0)
     small(out_channels=4, scheduler=DPMSolver()).check(0, num_inference_steps=1)
     with pytest.raises(ValueError, match="guidance_scale must be 1 or less"):

@@ -111,11 +111,23 @@ def test_settings_survive_saving_and_loading(tmp_path: Path) -> None:
     assert torch.equal(copy.deepcopy(again).betas, scheduler.betas)
 
 
+def test_it_takes_over_the_noise_schedule_of_others() -> None:
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_end=0.03, num_train_timesteps=100)
+    assert (
+        LearnedRangeScheduler.like(theirs).config == started(5, beta_end=0.03, num_train_timesteps=100).config
+    )
+    with pytest.raises(ValueError, match="beta_schedule"):
+        LearnedRangeScheduler.like(DDIMScheduler(beta_schedule="scaled_linear"))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"clip_sample": True}, "clip_sample"),
         ({"beta_schedule": "scaled_linear"}, "beta_schedule must be 'linear'"),
+        ({"prediction_type": "v_prediction"}, "prediction_type must be 'epsilon'"),
         ({"beta_end": 2}, "betas must rise within"),
         ({"num_train_timesteps": 1}, "num_train_timesteps must be"),
         ({"beta_start": "low"}, "scheduler_config.json"),
