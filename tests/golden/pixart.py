@@ -38,6 +38,14 @@ def official_shapes(model: dict[str, Any]) -> dict[str, list[int]]:
         layer(f"{block}.cross_attn.proj", D, D)
         layer(f"{block}.mlp.fc1", 4 * D, D)
         layer(f"{block}.mlp.fc2", D, 4 * D)
+        norms = ["q_norm", "k_norm"] if model.get("qk_norm") else []
+        thinned = model.get("kv_compress_config") or {}
+        if thinned.get("sampling") == "conv" and index in thinned["kv_compress_layer"]:
+            factor = thinned["scale_factor"]
+            norms.append("norm")
+            layer(f"{block}.attn.sr", D, 1, factor, factor)
+        for name in norms:
+            shapes[f"{block}.attn.{name}.weight"] = shapes[f"{block}.attn.{name}.bias"] = [D]
     shapes["final_layer.scale_shift_table"] = [2, D]
     layer("final_layer.linear", p * p * 2 * C, D)
     if model.get("micro_condition"):
