@@ -317,3 +317,99 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="3 captions do not fit 2 latents"):
         three = ours.text_states(torch.randn(3, 2, 20))
         ours(given["hidden_states"], modulation=ours.modulation(given["timestep"], conditions), text=three)
+
+
+# ------------------------------------------------- fewer keys and values, normalised queries and keys
+
+
+def thinned(sampling: str, factor: int = 2, layers: tuple[int, ...] = (1, 2), **more: Any):
+    options = {
+        "kv_compress_sampling": sampling,
+        "kv_compress_factor": factor,
+        "kv_compress_layers": layers,
+    }
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(**{**SMALL, **options, **more}).eval()
+
+
+@pytest.mark.parametrize("sampling", ["conv", "uniform", "ave", "uniform_every"])
+def test_only_the_layers_named_have_fewer_keys(sampling: str) -> None:
+    model, seen = thinned(sampling), []
+    for block in model.transformer_blocks:
+        block.attn1.attend = lambda q, k, v, mask=None: seen.append((q.shape[2], k.shape[2], v.shape[2])) or q
+    model(**inputs())
+    fewer = 32 if sampling == "uniform_every" else 16
+    assert seen == [(64, 64, 64), (64, fewer, fewer), (64, fewer, fewer)]
+
+
+def test_the_convolution_starts_as_the_mean_of_its_window() -> None:
+    layer = thinned("conv").transformer_blocks[1].attn1
+    x_BND = torch.randn(2, 64, 48)
+    means = torch.nn.functional.avg_pool2d(x_BND.transpose(1, 2).unflatten(2, (8, 8)), 2)
+    expected = torch.nn.functional.layer_norm(means.flatten(2).transpose(1, 2), (48,))
+    assert relative(layer._compress(x_BND, (8, 8)), expected) < TOLERANCE
+
+
+def test_ave_keeps_the_same_tokens_as_uniform() -> None:
+    ave, uniform = thinned("ave"), thinned("uniform")
+    assert torch.equal(ave(**inputs()).sample, uniform(**inputs()).sample)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "uniform_every"])
+def test_grids_that_cannot_be_thinned_evenly_are_refused(sampling: str) -> None:
+    with pytest.raises(ValueError, match="cannot be thinned by 2"):
+        thinned(sampling)(**inputs(rows=10, columns=18))
+
+
+@pytest.mark.parametrize("sampling", ["conv", "ave"])
+def test_an_odd_row_is_left_out_of_the_others(sampling: str) -> None:
+    assert thinned(sampling)(**inputs(rows=10, columns=18)).sample.shape == (2, 8, 10, 18)
+
+
+@pytest.mark.parametrize("attention", list(ATTENTION))
+def test_precomputed_parts_equal_the_plain_way_when_thinned(attention: str) -> None:
+    model, given = thinned("conv", qk_norm=True), inputs()
+    set_attention(model, attention)
+    text = model.text_states(given["encoder_hidden_states"])
+    modulation = model.modulation(given["timestep"])
+    found = model(given["hidden_states"], text=text, modulation=modulation).sample
+    assert relative(found, model(**given).sample) < TOLERANCE
+
+
+def test_options_beyond_diffusers_survive_a_file_and_are_silent_when_off(tmp_path: Path) -> None:
+    model = thinned("conv", qk_norm=True)
+    model.save_pretrained(tmp_path / "on")
+    again = PixArtTransformer2DModel.from_pretrained(tmp_path / "on")
+    assert again.config == model.config
+    assert torch.equal(again(**inputs()).sample, model(**inputs()).sample)
+    PixArtTransformer2DModel(**SMALL).save_pretrained(tmp_path / "off")
+    entries = json.loads((tmp_path / "off" / "config.json").read_text())
+    assert not entries.keys() & set(PixArtTransformer2DModel.beyond)
+
+
+def test_a_hook_between_blocks_can_change_the_tokens() -> None:
+    model, calls = PixArtTransformer2DModel(**SMALL).eval(), []
+
+    def between(index: int, x_BND: Tensor, modulation: Any) -> Tensor:
+        calls.append((index, tuple(x_BND.shape), len(modulation.blocks_ES6D)))
+        return x_BND + index
+
+    plain, changed = model(**inputs()).sample, model(**inputs(), between=between).sample
+    assert calls == [(1, (2, 64, 48), 3), (2, (2, 64, 48), 3)]
+    assert not torch.allclose(plain, changed)
+    assert torch.equal(plain, model(**inputs(), between=lambda index, x_BND, modulation: x_BND).sample)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_compress_sampling": "mean"}, "must be one of conv, uniform, ave, uniform_every, not 'mean'"),
+        ({"kv_compress_sampling": None}, "not None"),
+        ({"kv_compress_factor": 1}, "kv_compress_factor must be 2 or more"),
+        ({"kv_compress_layers": (1, 3)}, r"names \[3\], there are 3 layers"),
+    ],
+)
+def test_compression_that_means_nothing_is_refused(options: dict[str, Any], message: str) -> None:
+    sane = {"kv_compress_sampling": "conv", "kv_compress_factor": 2, "kv_compress_layers": (1,)}
+    with pytest.raises(ValueError, match=message):
+        PixArtTransformer2DModel(**{**SMALL, **sane, **options})
