@@ -39,7 +39,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 	@echo "ready: $(BIN)/gen --help"
 
-run: setup ## draw one picture and print its path: make run PROMPT="two green spheres"
+run: setup ## draw one picture and print its path: make run PROMPT="a green cone behind a red ball"
 	@$(BIN)/gen run pixart-sigma --prompt "$$PROMPT" $(ARGS)
 
 serve: setup ## open the page at http://127.0.0.1:7860

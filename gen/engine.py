@@ -45,7 +45,12 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
         arguments = {one.argument: request.inputs[one.name] for one in row.inputs if one.argument}
         _check(loaded.pipeline, arguments)
     loading = time.perf_counter() - started
-    for note in (*_unread(loaded.pipeline, row, request), *_slow(loaded)):
+    notes = (
+        *_unread(loaded.pipeline, row, request),
+        *(_unknown(loaded.pipeline, row, request) if facts.is_toy else ()),
+        *_slow(loaded),
+    )
+    for note in notes:
         yield Event(kind="note", note=note)
 
     results: list[Result] = []
@@ -177,6 +182,15 @@ def _unread(pipeline: Any, row: catalog.Model, request: Request) -> Iterator[str
         rest = " ".join(words[read - 1 :])
         cut = rest if len(rest) <= 200 else rest[:197] + "..."
         yield f'{one.label} has {tokens} tokens, of which the model reads {row.max_tokens}. Not read: "{cut}"'
+
+
+def _unknown(pipeline: Any, row: catalog.Model, request: Request) -> Iterator[str]:
+    """A sentence for each text with words that small weights have never met."""
+    for one in row.inputs:
+        words = pipeline.unknown_words(request.inputs[one.name]) if one.kind == "text" else []
+        if words:
+            shown = ", ".join(f'"{word[:30]}"' for word in words[:8]) + (", ..." if len(words) > 8 else "")
+            yield f"{one.label}: these TOY weights have never met {shown}. They know a few coloured solids."
 
 
 def _slow(loaded: loader.Loaded) -> Iterator[str]:

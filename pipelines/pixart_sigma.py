@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -382,6 +383,16 @@ class PixArtSigmaPipeline(LatentImagePipeline):
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt, the end token included."""
         return len(self.tokenizer(prompt.lower().strip(), verbose=False).input_ids)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words that the tokenizer can only spell letter by letter: the model has never learned them."""
+
+        def spelled(word: str) -> bool:
+            ids = self.tokenizer(word, add_special_tokens=False).input_ids
+            return len(word) > 1 and all(len(self.tokenizer.decode([one]).strip()) <= 1 for one in ids)
+
+        words = re.findall(r"[^\W_]+", prompt.lower())
+        return [word for word in dict.fromkeys(words) if spelled(word)]
 
     def micro_conditions(self, height: int, width: int) -> dict[str, Tensor]:
         """Size and aspect ratio, for those models that read them (PixArt-alpha at 1024 pixels)."""

@@ -227,11 +227,18 @@ def test_the_end_of_a_long_prompt_that_is_not_read_is_quoted():
     notes = [
         event.note for event in engine.run(build(prompt=" ".join(words), steps=1)) if event.kind == "note"
     ]
+    notes = [note for note in notes if "of which the model reads 300" in note]
     assert len(notes) == 1
-    assert "of which the model reads 300" in notes[0]
     rest = notes[0].split('"')[1].removesuffix("...").split()
     assert rest[0] in words
     assert rest[0] != words[0]
+
+
+def test_words_that_small_weights_never_met_are_named():
+    prompt = "a red walrus on a Cube, walrus"
+    notes = [event.note for event in engine.run(build(prompt=prompt, steps=1)) if event.kind == "note"]
+    assert len(notes) == 1
+    assert 'never met "walrus".' in notes[0]
 
 
 def test_a_prompt_that_is_read_in_full_needs_no_note():

@@ -503,3 +503,8 @@ def test_tiled_decoding_is_near_decoding_at_once(pipeline: PixArtSigmaPipeline) 
     assert tiled.shape == whole.shape == (1, 3, 640, 576)
     assert (tiled - whole).abs().mean() < 0.05  # group norms see a tile rather than the whole
     assert not torch.equal(tiled, whole)
+
+
+def test_words_that_can_only_be_spelled_are_named_once(pipeline: PixArtSigmaPipeline) -> None:
+    assert pipeline.unknown_words("a red Gryphon, on a (small) cube; gryphon x 7up") == ["gryphon", "7up"]
+    assert pipeline.unknown_words("") == []
