@@ -12,7 +12,7 @@ and columns, S timesteps in one table, E blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
@@ -340,6 +340,52 @@ class CaptionProjection(nn.Module):
         return self.linear_2(functional.gelu(self.linear_1(captions_BLD), approximate="tanh"))
 
 
+def text_states(
+    projection: CaptionProjection | None,
+    layers: Sequence[Attention],  # the cross-attention of each block
+    captions_BLD: Tensor,
+    mask: Tensor | None = None,  # (B, L)
+    *,
+    trim: bool = True,
+) -> TextStates:
+    """See `PixArtTransformer2DModel.text_states`; control branches have blocks of their own."""
+
+    def run(rows: slice, captions_BLD: Tensor, mask_B11L: Tensor | None, constant: bool = False) -> TextRun:
+        if projection is not None:
+            captions_BLD = projection(captions_BLD)
+        if constant:
+            return TextRun(rows, constants=tuple(layer.out(layer.to_v(captions_BLD)) for layer in layers))
+        pairs = [layer.keys_and_values(captions_BLD) for layer in layers]
+        return TextRun(rows, tuple(k for k, _ in pairs), tuple(v for _, v in pairs), mask_B11L)
+
+    batch, length = captions_BLD.shape[:2]
+    if mask is not None:
+        if mask.shape != (batch, length):
+            raise ValueError(f"the mask is {tuple(mask.shape)}, the captions are {(batch, length)}")
+        mask = mask.to(captions_BLD.device).bool()
+    if not trim:
+        mask_B11L = None if mask is None else mask[:, None, None]
+        return TextStates((run(slice(0, batch), captions_BLD, mask_B11L),), batch)
+    kept = [list(range(length))] * batch
+    if mask is not None:
+        kept = [[index for index, real in enumerate(row) if real] for row in mask.tolist()]
+    if not all(kept):
+        raise ValueError("a caption has no real token; the empty prompt still has its end token")
+    runs = []
+    for alone, group in groupby(range(batch), key=lambda row: len(kept[row]) == 1):
+        rows = list(group)
+        longest = max(len(kept[row]) for row in rows)
+        trimmed = captions_BLD.new_zeros(len(rows), longest, captions_BLD.shape[-1])
+        real = torch.zeros(len(rows), longest, dtype=torch.bool, device=captions_BLD.device)
+        for index, row in enumerate(rows):
+            count = len(kept[row])
+            trimmed[index, :count] = captions_BLD[row, kept[row]]
+            real[index, :count] = True
+        mask_B11L = None if all(len(kept[row]) == longest for row in rows) else real[:, None, None]
+        runs.append(run(slice(rows[0], rows[-1] + 1), trimmed, mask_B11L, constant=alone))
+    return TextStates(tuple(runs), batch)
+
+
 class PixArtTransformer2DModel(Network):
     """Latents, timesteps and captions to a prediction (noise, velocity or picture: the scheduler knows)."""
 
@@ -402,44 +448,13 @@ class PixArtTransformer2DModel(Network):
 
         Raises ValueError for a mask of another shape or, when trimming, a row without a real token.
         """
-        captions_BLD = encoder_hidden_states
-        batch, length = captions_BLD.shape[:2]
-        if mask is not None:
-            if mask.shape != (batch, length):
-                raise ValueError(f"the mask is {tuple(mask.shape)}, the captions are {(batch, length)}")
-            mask = mask.to(captions_BLD.device).bool()
-        if not trim:
-            mask_B11L = None if mask is None else mask[:, None, None]
-            return TextStates((self._text_run(slice(0, batch), captions_BLD, mask_B11L),), batch)
-        kept = [list(range(length))] * batch
-        if mask is not None:
-            kept = [[index for index, real in enumerate(row) if real] for row in mask.tolist()]
-        if not all(kept):
-            raise ValueError("a caption has no real token; the empty prompt still has its end token")
-        runs = []
-        for alone, group in groupby(range(batch), key=lambda row: len(kept[row]) == 1):
-            rows = list(group)
-            longest = max(len(kept[row]) for row in rows)
-            trimmed = captions_BLD.new_zeros(len(rows), longest, captions_BLD.shape[-1])
-            real = torch.zeros(len(rows), longest, dtype=torch.bool, device=captions_BLD.device)
-            for index, row in enumerate(rows):
-                count = len(kept[row])
-                trimmed[index, :count] = captions_BLD[row, kept[row]]
-                real[index, :count] = True
-            mask_B11L = None if all(len(kept[row]) == longest for row in rows) else real[:, None, None]
-            runs.append(self._text_run(slice(rows[0], rows[-1] + 1), trimmed, mask_B11L, constant=alone))
-        return TextStates(tuple(runs), batch)
-
-    def _text_run(
-        self, rows: slice, captions_BLD: Tensor, mask_B11L: Tensor | None, constant: bool = False
-    ) -> TextRun:
-        if self.caption_projection is not None:
-            captions_BLD = self.caption_projection(captions_BLD)
-        layers = [block.attn2 for block in self.transformer_blocks]
-        if constant:
-            return TextRun(rows, constants=tuple(layer.out(layer.to_v(captions_BLD)) for layer in layers))
-        pairs = [layer.keys_and_values(captions_BLD) for layer in layers]
-        return TextRun(rows, tuple(k for k, _ in pairs), tuple(v for _, v in pairs), mask_B11L)
+        return text_states(
+            self.caption_projection,
+            [block.attn2 for block in self.transformer_blocks],
+            encoder_hidden_states,
+            mask,
+            trim=trim,
+        )
 
     def modulation(
         self,

@@ -15,7 +15,7 @@ Shapes: B batch, N image tokens, L text tokens, D width, C channels, Y X latent 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from pipelines.models.pixart import (
     PixArtConfig,
     PixArtTransformer2DModel,
     TextStates,
+    text_states,
 )
 
 
@@ -141,8 +142,8 @@ class PixArtControlNet(Network):
         trim: bool = True,
     ) -> TextStates:
         """Cross-attention keys and values of the copies, as `PixArtTransformer2DModel.text_states`."""
-        blocks = [copy.transformer_block for copy in self.controlnet_blocks]
-        return _Reader(base.caption_projection, blocks).text_states(encoder_hidden_states, mask, trim=trim)
+        layers = [copy.transformer_block.attn2 for copy in self.controlnet_blocks]
+        return text_states(base.caption_projection, layers, encoder_hidden_states, mask, trim=trim)
 
     def between(
         self,
@@ -272,13 +273,3 @@ class ControlledPixArt:
         grid = (latents.shape[2] // patch, latents.shape[3] // patch)
         x_BND = base.pos_embed(latents)
         return x_BND + base.positions(*grid, x_BND.dtype, x_BND.device), grid
-
-
-@dataclass
-class _Reader:
-    """The two things that the base's `text_states` reads of a model: its projection and other blocks."""
-
-    caption_projection: nn.Module | None
-    transformer_blocks: Sequence[Block]
-    text_states = PixArtTransformer2DModel.text_states
-    _text_run = PixArtTransformer2DModel._text_run
