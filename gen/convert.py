@@ -32,6 +32,8 @@ def convert_file(
     Raises GenError: bad_input, corrupt_weights, output_not_writable. Nothing is written unless every tensor
     of the checkpoint has found its place, and every place its tensor.
     """
+    if not path.is_file():
+        raise GenError(f"There is no file {path}.", "Check the name.", "bad_input")
     given = _read_config(config)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise GenError(

@@ -398,9 +398,9 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training options
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; all mean that this is no file of tensors
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = type(error).__name__
         raise CorruptWeights(
-            f"{path} cannot be read as tensors only (cut short, or it holds code): {reason}"
+            f"{path} cannot be read as tensors only: it is cut short, no file of torch, or holds code ({reason})"
         ) from error
     if not isinstance(loaded, Mapping):
         raise CorruptWeights(f"{path} holds a {type(loaded).__name__}, not a state dict")

@@ -108,3 +108,8 @@ def test_what_is_there_is_not_overwritten(official, capsys):
     (official.with_suffix("") / "mine").mkdir(parents=True)
     assert convert(official) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_bad_input(tmp_path, capsys):
+    assert cli.execute(["convert", str(tmp_path / "none.pt"), "--as", "dit"]) == 2
+    assert "There is no file" in capsys.readouterr().err
