@@ -400,7 +400,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # torch raises many kinds; all mean that this is no file of tensors
         reason = type(error).__name__
         raise CorruptWeights(
-            f"{path} cannot be read as tensors only: it is cut short, no file of torch, or holds code ({reason})"
+            f"{path} cannot be read as tensors only: it is cut short, no file of torch, or holds code "
+            f"({reason})"
         ) from error
     if not isinstance(loaded, Mapping):
         raise CorruptWeights(f"{path} holds a {type(loaded).__name__}, not a state dict")
