@@ -66,11 +66,11 @@ PARTS: Mapping[str, Part] = {
         kind="scheduler",
     ),
     "LCMScheduler": _scheduler("LCMScheduler", "pipelines.lcm:LCMSolver"),
+    "DDPMScheduler": _scheduler("DDPMScheduler", "pipelines.lcm:OneStep"),  # ours if it names one timestep
     **{
         name: _scheduler(name)
         for name in (
             "DDIMScheduler",
-            "DDPMScheduler",
             "DEISMultistepScheduler",
             "DPMSolverSinglestepScheduler",
             "EulerAncestralDiscreteScheduler",
@@ -91,15 +91,16 @@ def resolve(name: str) -> type:
     return getattr(importlib.import_module(module), attribute)
 
 
-def read_index(folder: Path, pipeline: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Part -> class name, from model_index.json.
+def read_index(folder: Path, families: str | tuple[str, ...], names: tuple[str, ...]) -> dict[str, str]:
+    """Part -> class name, from model_index.json, whose `_class_name` is one of the families.
 
     Raises ValueError: the file is missing, belongs to another family, or does not list all parts.
     """
     index = read_json(folder / "model_index.json")
     family = index.get("_class_name")
-    if family != pipeline:
-        raise ValueError(f"{folder} holds a {family}, not a {pipeline}")
+    families = (families,) if isinstance(families, str) else families
+    if family not in families:
+        raise ValueError(f"{folder} holds a {family}, not a {' or '.join(families)}")
     classes = {}
     for name in names:
         entry = index.get(name)

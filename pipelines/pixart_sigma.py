@@ -47,12 +47,19 @@ log = logging.getLogger(__name__)
 Callback = Callable[["PixArtSigmaPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 NULL_CAPTIONS = ("own", "prompt")
+OWN_SCHEDULERS = {  # class of ours -> the library's, which reads the same file
+    "DPMSolver": "DPMSolverMultistepScheduler",
+    "LCMSolver": "LCMScheduler",
+    "OneStep": "DDPMScheduler",
+}
 
 
 class PixArtSigmaPipeline(LatentImagePipeline):
     """Five parts and the recipe that joins them. Parts may be ours or the libraries', in any mixture."""
 
     parts = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    families: tuple[str, ...] = ("PixArtSigmaPipeline",)  # whose folders it reads
+    family = "PixArtSigmaPipeline"  # as which it is saved
 
     def __init__(
         self,
@@ -83,7 +90,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         numbers that are not finite.
         """
         folder = Path(folder)
-        classes = components.read_index(folder, "PixArtSigmaPipeline", cls.parts)
+        classes = components.read_index(folder, cls.families, cls.parts)
         loaded = {
             name: components.load(
                 folder / name, classes[name], torch_dtype=torch_dtype, device=device, own=own_parts
@@ -107,21 +114,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.parts:
             getattr(self, name).save_pretrained(folder / name)
-        scheduler = type(self.scheduler).__name__
-        components.write_index(
-            folder,
-            "PixArtSigmaPipeline",
-            {
-                "tokenizer": ("transformers", "T5Tokenizer"),
-                "text_encoder": ("transformers", "T5EncoderModel"),
-                "vae": ("diffusers", "AutoencoderKL"),
-                "transformer": ("diffusers", "PixArtTransformer2DModel"),
-                "scheduler": (
-                    "diffusers",
-                    "DPMSolverMultistepScheduler" if scheduler == "DPMSolver" else scheduler,
-                ),
-            },
-        )
+        components.write_index(folder, self.family, self._index())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the networks."""
@@ -190,11 +183,12 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **more: Any,  # what a subclass adds, for its `check` and `_prepare`
     ) -> Iterator[Step]:
         """Yield a Step after each denoising step; stop iterating to cancel."""
         # 1. Refuse what we cannot do
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-        self.check(**arguments)
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "more")}
+        self.check(**arguments, **more)
         # 2. Words to text states, the unconditional half first
         guided = guidance_scale > 1.0
         limits = {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length}
@@ -210,12 +204,8 @@ class PixArtSigmaPipeline(LatentImagePipeline):
                 )
                 empty, empty_mask = _repeat(empty, empty_mask, batch // len(empty))
             captions, mask = _stack((empty, empty_mask), (captions, mask))
-        text = self.transformer.text_states(captions, mask)
         # 3. Lay out the schedule, on a copy: runs share nothing
-        if scheduler == schedulers.STORED:
-            walk = copy.deepcopy(self.scheduler)
-        else:
-            walk = schedulers.make(scheduler, self.scheduler)
+        walk = self._walk(scheduler)
         if timesteps is None:
             walk.set_timesteps(num_inference_steps, device=self.device)
         else:
@@ -225,8 +215,8 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         noise = self.noise(batch, *size, generator) if latents is None else latents
         latents = noise.to(self.device, torch.float32) * walk.init_noise_sigma
         # 5. Walk
-        modulation = self.transformer.modulation(walk.timesteps, self.micro_conditions(*size))
-        predict = self.predictor(text, modulation, guidance_scale if guided else 1.0)
+        strength = guidance_scale if guided else 1.0
+        predict = self._prepare(captions, mask, walk.timesteps, size, strength, generator, **more)
         extra = accepted(walk.step, {"generator": generator, "eta": eta})
         count = len(walk.timesteps)
         self.interrupt = False
@@ -242,12 +232,19 @@ class PixArtSigmaPipeline(LatentImagePipeline):
             if self.interrupt:
                 return
 
-    def predictor(self, text: Any, modulation: Any, guidance_scale: float) -> Predict:
+    def predictor(
+        self,
+        text: Any,
+        modulation: Any,
+        guidance_scale: float,
+        network: Callable[..., Any] | None = None,  # called like the transformer; None: the transformer
+    ) -> Predict:
         """The function a step calls: latents to the guided prediction. Caches wrap it, one per run."""
         transformer, channels = self.transformer, self.transformer.config.in_channels
+        network = network or transformer
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
-            predicted = transformer(
+            predicted = network(
                 latents.to(transformer.dtype), text=text, modulation=modulation.at(index)
             ).sample
             if transformer.out_channels == 2 * channels:  # the other half is the learned variance
@@ -284,8 +281,10 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         max_sequence_length: int = 300,
         use_resolution_binning: bool = True,
         output_type: str = "pil",
+        eta: float = 0.0,
+        clean_caption: bool = False,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **_: Any,
     ) -> None:
         """Raise ValueError for anything `denoise` could not do with these arguments, before any work."""
         if (prompt is None) == (prompt_embeds is None):
@@ -307,7 +306,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         ):
             raise ValueError("timesteps must be descending")
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        check_choice("scheduler", scheduler, schedulers.names())
+        check_choice("scheduler", scheduler, self.scheduler_names())
         check_choice("null_caption", null_caption, NULL_CAPTIONS)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
@@ -324,6 +323,10 @@ class PixArtSigmaPipeline(LatentImagePipeline):
             shape = (batch, self.transformer.config.in_channels, rows, columns)
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
+
+    def scheduler_names(self) -> tuple[str, ...]:
+        """What `scheduler` may be."""
+        return schedulers.names()
 
     def drawn_size(
         self, height: int | None, width: int | None, use_resolution_binning: bool
@@ -399,7 +402,38 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         size = torch.tensor([[height, width]], dtype=torch.float32, device=self.device)
         return {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
 
-    # Below stairs
+    # Below stairs; subclasses replace the first three
+
+    def _index(self) -> dict[str, tuple[str, str]]:
+        """Part -> (library, class), for model_index.json."""
+        scheduler = type(self.scheduler).__name__
+        return {
+            "tokenizer": ("transformers", "T5Tokenizer"),
+            "text_encoder": ("transformers", "T5EncoderModel"),
+            "vae": ("diffusers", "AutoencoderKL"),
+            "transformer": ("diffusers", "PixArtTransformer2DModel"),
+            "scheduler": ("diffusers", OWN_SCHEDULERS.get(scheduler, scheduler)),
+        }
+
+    def _walk(self, name: str) -> Any:
+        """The scheduler of this name, for one run."""
+        if name == schedulers.STORED:
+            return copy.deepcopy(self.scheduler)
+        return schedulers.make(name, self.scheduler)
+
+    def _prepare(
+        self,
+        captions: Tensor,  # (B or 2 B, L, D), the unconditional half first
+        mask: Tensor,
+        timesteps: Tensor,
+        size: tuple[int, int],  # (height, width) in pixels, as drawn
+        guidance_scale: float,  # 1: there is one half only
+        generator: Generators = None,
+    ) -> Predict:
+        """Compute once what no step changes, and give the function a step calls."""
+        text = self.transformer.text_states(captions, mask)
+        modulation = self.transformer.modulation(timesteps, self.micro_conditions(*size))
+        return self.predictor(text, modulation, guidance_scale)
 
     def _captions(
         self, texts: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, **limits: Any

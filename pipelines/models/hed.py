@@ -253,15 +253,15 @@ def edges(image: Image.Image | np.ndarray, kind: str = "soft", **options: Any) -
     reason = EDGES[kind].missing()
     if reason is not None:
         raise ValueError(f"edges '{kind}' cannot run here: {reason}")
-    return EDGES[kind].find(_rgb(image), **options)
+    return EDGES[kind].find(rgb(image), **options)
 
 
 GREYS_16 = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of 16 bits, white is 65535
 ALPHA = ("RGBA", "LA", "PA")
 
 
-def _rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """(Y, X, 3), float32 in 0..1."""
+def rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """(Y, X, 3), float32 in 0..1. Raises ValueError as `edges` does."""
     if isinstance(image, Image.Image):
         image = _pixels(image)
     if not isinstance(image, np.ndarray):
