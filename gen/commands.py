@@ -220,13 +220,13 @@ def train(
 @cli.command(short_help="Measure the quality of weights.")
 @click.argument("name")
 @click.option("--prompts", type=click.IntRange(1, 100_000), default=512, show_default=True, help="How many.")
-@click.option("--steps", type=click.IntRange(1, 200), default=20, show_default=True, help="Denoising steps.")
+@click.option("--steps", type=click.IntRange(1, 200), help="Denoising steps, default the model's own number.")
 @DEVICE
 @click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Save a sheet of pictures.")
 @click.option("--record", is_flag=True, help="Write the table into the weights' own record.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(
-    name: str, prompts: int, steps: int, device: str, grid: Path | None, record: bool, as_json: bool
+    name: str, prompts: int, steps: int | None, device: str, grid: Path | None, record: bool, as_json: bool
 ) -> None:
     """Measure weights, e.g. pixart-sigma:toy, against what they are expected to reach."""
     from gen import evaluate as evaluation

@@ -53,6 +53,14 @@ METRICS = (
     Metric(name="judge", unit="%", gate=98, note="its worst attribute on held-out renders"),
     Metric(name="judge, reconstructed", unit="%", note="shape and colour read through the autoencoder"),
 )
+DIT_METRICS = (
+    Metric(
+        name="class", unit="%", gate=85, goal=97, note="one object, with the shape and colour of its class"
+    ),
+    Metric(name="class shape", unit="%", note="one object of the right shape"),
+    Metric(name="class colour", unit="%", note="one object of the right colour"),
+    Metric(name="classes", unit="%", note="of the 88, those that come out right more often than not"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +140,13 @@ def score_pictures(judge: Any, pictures: Any, asked: Sequence[Prompt]) -> dict[s
 
 
 def _embedded(name: str) -> Path:
-    from weights import store
+    from weights import registry, store
 
     folder = store.find(name)
     if folder is None:
         raise GenError(
             f"The weights {name} are not here.",
-            hint="Train them: gen train pixart-sigma:toy",
+            hint=f"Train them: gen train {registry.CHECKPOINTS[name].recipe}",
             code="not_installed",
         )
     return folder
@@ -148,12 +156,13 @@ def evaluate(
     name: str,
     *,
     prompts: int = 512,
-    steps: int = 20,
+    steps: int | None = None,
     device: str = "auto",
     grid: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """The quality table of `name` ("pixart-sigma:toy"). `grid` also saves a sheet of the first pictures.
+    """The quality table of `name` ("pixart-sigma:toy"). `steps` None: as many as the model takes by itself.
+    `grid` also saves a sheet of the first pictures.
 
     Raises GenError for a model without measures, or whose weights are missing.
     """
@@ -173,7 +182,7 @@ def evaluate(
 
 
 def _pixart_toy(
-    count: int, steps: int, device: str, grid: Path | None, report: Callable[[str], None]
+    count: int, steps: int | None, device: str, grid: Path | None, report: Callable[[str], None]
 ) -> dict[str, Any]:
     import torch
 
@@ -184,6 +193,7 @@ def _pixart_toy(
     from gen.toy.render import render
     from pipelines.pixart_sigma import PixArtSigmaPipeline
 
+    steps = steps or 20
     folder = _embedded("pixart-sigma-toy")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     with explained(folder):
@@ -207,15 +217,59 @@ def _pixart_toy(
     values |= score_pictures(judge, pictures, asked)
     if grid:
         save_grid(pictures[:48], grid, columns=8, labels=[p.text for p in asked[:48]])
-    table = {
-        "model": "pixart-sigma:toy",
+    return _table("pixart-sigma:toy", count, steps, 4.5, METRICS, values)
+
+
+def _dit_toy(
+    count: int, steps: int | None, device: str, grid: Path | None, report: Callable[[str], None]
+) -> dict[str, Any]:
+    import torch
+
+    from gen.loader import explained
+    from gen.toy import dit as toy_dit
+    from gen.toy.judge import load_judge
+    from pipelines.dit import DiTPipeline
+
+    steps = steps or toy_dit.STEPS
+    folder = _embedded("dit-toy")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    with explained(folder):
+        pipeline = DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32, device=chosen)
+    labels = toy_dit.even_labels(count)
+    pictures = toy_dit.draw(pipeline, labels, range(count), steps=steps, report=report)
+    marks = toy_dit.mark(load_judge(_embedded("judge-toy")), pictures, labels)
+    if grid:
+        names = [" ".join(toy_dit.CLASSES[label]) for label in labels[:88]]
+        save_grid(pictures[:88], grid, columns=8, labels=names)
+    drawn = [share > 50 for share in marks.by_class.values()]
+    values = {
+        "class": marks.right,
+        "class shape": marks.shape,
+        "class colour": marks.colour,
+        "classes": 100 * sum(drawn) / len(drawn),
+    }
+    table = _table("dit:toy", count, steps, toy_dit.GUIDANCE, DIT_METRICS, values)
+    return {**table, "of": "pictures, classes in turn"}
+
+
+def _table(
+    model: str,
+    count: int,
+    steps: int,
+    guidance: float,
+    metrics: Sequence[Metric],
+    values: dict[str, float],
+) -> dict[str, Any]:
+    """Values by name as a table in the order of `metrics`."""
+    table: dict[str, Any] = {
+        "model": model,
         "prompts": count,
         "steps": steps,
-        "guidance": 4.5,
+        "guidance": guidance,
         "seed": SEED,
         "rows": [],
     }
-    for m in METRICS:
+    for m in metrics:
         value = values[m.name]
         table["rows"].append(
             {
@@ -232,7 +286,10 @@ def _pixart_toy(
 
 
 _prompts = prompts
-MEASURES: dict[tuple[str, str | None], Callable[..., dict[str, Any]]] = {("pixart-sigma", "toy"): _pixart_toy}
+MEASURES: dict[tuple[str, str | None], Callable[..., dict[str, Any]]] = {
+    ("pixart-sigma", "toy"): _pixart_toy,
+    ("dit", "toy"): _dit_toy,
+}
 
 
 def save_grid(pictures: Any, path: Path, columns: int, labels: Sequence[str] = ()) -> None:
@@ -288,7 +345,8 @@ def markdown(table: dict[str, Any]) -> str:
             number(row["goal"]),
         ]
         lines.append(f"| {' | '.join([*cells, row['note']])} |")
-    settings = f"{table['prompts']} held-out prompts, {table['steps']} steps, guidance {table['guidance']}"
+    asked = f"{table['prompts']} {table.get('of', 'held-out prompts')}"
+    settings = f"{asked}, {table['steps']} steps, guidance {table['guidance']}"
     return f"`{table['model']}`, {settings}\n\n" + "\n".join(lines) + "\n"
 
 

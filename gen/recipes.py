@@ -236,6 +236,128 @@ def _pixart_sigma_toy(run: Run) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------------------- dit:toy
+
+DIT_SCENES = 16_000
+DIT_SEED = 20261121
+DIT = {
+    "steps": 40_000,  # on two CPU cores the minutes run out first
+    "batch": 64,
+    "lr": 2e-3,
+    "ema": 0.998,
+    "warmup": 100,
+    "cooldown": 0.5,
+    "mixed": True,
+}
+DIT_NETWORK = {"layers": 6, "heads": 6, "head_dim": 32}
+# Of the first vectors of colours and shapes. Beside weights that have learned the timestep they start small,
+# so as not to drown it.
+DIT_SPREAD = {"nothing": 0.5, "pixart-sigma-toy": 0.1, "dit-toy": 0.0}
+
+
+def _dit_toy(run: Run) -> None:
+    import torch
+
+    from gen.toy import data
+    from gen.toy import dit as toy_dit
+    from gen.toy import pixart as toy_pixart
+    from gen.train import fit
+    from pipelines.models.autoencoder import AutoencoderKL
+    from pipelines.models.dit import DiTTransformer2DModel
+    from pipelines.models.pixart import PixArtTransformer2DModel
+    from weights import store
+
+    work = run.work
+    before = read_facts(run.shipped) if run.shipped else {}
+    runs = before.get("runs", 1 if before else 0)
+    scenes_seed = DIT_SEED + runs  # a run that goes on from shipped weights sees new scenes
+    # 1. The autoencoder, and the body to start from, copied: what ships may be replaced while this goes on
+    if run.leads and not (work / "vae").exists():
+        source = run.shipped or store.find("pixart-sigma-toy")
+        if source is None:
+            raise GenError(
+                "dit:toy draws in the latents of pixart-sigma:toy, which is not here.",
+                hint="Train it first: gen train pixart-sigma:toy",
+                code="not_installed",
+            )
+        if run.resume and not run.shipped:
+            shutil.copytree(source / "transformer", work / "pixart", dirs_exist_ok=True)
+        building = work / f".vae.{os.getpid()}"
+        shutil.copytree(source / "vae", building)
+        building.rename(work / "vae")
+    run.together()
+
+    # 2. Scenes with one thing, as latents
+    data.render_shards(
+        work / "scenes",
+        scenes_seed,
+        DIT_SCENES,
+        which="all",
+        stream=toy_dit.scenes,
+        rank=run.rank,
+        world=run.world,
+        device=run.device,
+        report=run.report,
+    )
+    run.together()
+    vae = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32, device=run.device)
+    data.encode_shards(
+        work / "scenes",
+        work / "latents",
+        lambda pictures: toy_pixart.encode_pictures(vae, pictures, run.device),
+        DIT_SCENES,
+        rank=run.rank,
+        world=run.world,
+        report=run.report,
+    )
+    run.together()
+    latents, owners = data.load_latents(work / "latents", DIT_SCENES)
+    scenes = list(itertools.islice(toy_dit.scenes(scenes_seed), len(latents)))
+
+    # 3. Transformer
+    torch.manual_seed(11)
+    transformer = DiTTransformer2DModel(**toy_dit.transformer_config(**DIT_NETWORK))
+    if run.shipped:
+        start = "dit-toy"
+        transformer = DiTTransformer2DModel.from_pretrained(
+            run.shipped / "transformer", torch_dtype=torch.float32
+        )
+    elif (work / "pixart").exists():
+        start = "pixart-sigma-toy"
+        pixart = PixArtTransformer2DModel.from_pretrained(work / "pixart", torch_dtype=torch.float32)
+        toy_dit.initialise_from(transformer, pixart)
+    else:
+        start = "nothing"
+        toy_dit.initialise(transformer)
+    task = toy_dit.ClassTask(
+        transformer,
+        latents,
+        owners,
+        scenes,
+        seed=11,
+        probe_block=PROBE_BLOCK,
+        spread=DIT_SPREAD[start],
+        device=run.device,
+        judged=toy_dit.Sampler(work) if run.leads else None,
+    )
+    facts = fit(task, _schedule(DIT), work, resume=run.resume, minutes=run.minutes, report=run.report)
+    if run.leads:
+        toy_dit.export(
+            task.module.transformer,
+            work,
+            run.output,
+            {
+                **_origin(run),
+                "start": before.get("start", start),
+                "seed": {"scenes": scenes_seed, "transformer": 11},
+                "steps": facts["step"] + before.get("steps", 0),
+                "images_seen": facts["images"] + before.get("images_seen", 0),
+                "network": DIT_NETWORK,
+                "runs": runs + 1,
+            },
+        )
+
+
 # ----------------------------------------------------------------------------------------------- judge:toy
 
 JUDGE_SCENES = 20_000
@@ -314,6 +436,13 @@ RECIPES = {
             run=_pixart_sigma_toy,
             minutes=180,
             ships="pixart-sigma-toy",
+        ),
+        Recipe(
+            name="dit:toy",
+            summary="a class to an image: one object, 88 pairs of colour and shape",
+            run=_dit_toy,
+            minutes=25,
+            ships="dit-toy",
         ),
         Recipe(
             name="judge:toy", summary="reads toy pictures back", run=_judge_toy, minutes=15, ships="judge-toy"

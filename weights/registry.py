@@ -60,6 +60,16 @@ JUDGE = replace(
     recipe="judge:toy",
 )
 
+DIT_TOY = replace(
+    TOY,
+    key="dit-toy",
+    summary="Embedded: one coloured shape on a ground, 88 classes, trained in minutes",
+    smallest=128,
+    largest=128,
+    folder="toy/dit",
+    recipe="dit:toy",
+)
+
 _PIXART = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -223,5 +233,6 @@ CHECKPOINTS = index(
     _dit(256),
     _dit(512),
     TOY,
+    DIT_TOY,
     JUDGE,
 )

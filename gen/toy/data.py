@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gen.toy.render import render
+from gen.toy.world import Scene
 from gen.toy.world import scenes as scene_stream
 
 SHARD = 1000
@@ -44,6 +45,7 @@ def render_shards(
     count: int,
     *,
     which: str = "seen",
+    stream: Callable[..., Iterator[Scene]] = scene_stream,  # takes the seed, start and which
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
@@ -55,9 +57,9 @@ def render_shards(
     todo = _share(folder, count, rank, world)
     began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
     for done, start in enumerate(todo, 1):
-        stream = itertools.islice(scene_stream(seed, start=start, which=which), SHARD)
+        shard = itertools.islice(stream(seed, start=start, which=which), SHARD)
         images, owners = [], []
-        while chunk := list(itertools.islice(stream, batch)):
+        while chunk := list(itertools.islice(shard, batch)):
             picture, owner = render(chunk, device=device, return_owner=True)
             images.append((picture * 255).round().to("cpu", torch.uint8))
             owners.append(patch_owners(owner).cpu())
