@@ -377,6 +377,7 @@ def _judge_toy(run: Run) -> None:
     from gen.train import fit
     from weights import store
 
+    before = read_facts(run.shipped) if run.shipped else {}
     data.render_shards(
         run.work / "scenes",
         777,
@@ -403,8 +404,8 @@ def _judge_toy(run: Run) -> None:
             {
                 **_origin(run),
                 "seed": 7,
-                "steps": facts["step"],
-                "images_seen": facts["images"],
+                "steps": facts["step"] + before.get("steps", 0),
+                "images_seen": facts["images"] + before.get("images_seen", 0),
                 "quality": found,
             },
         )
