@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from gen.request import Input
+from gen.request import Input, class_name
 
 
 class Control(NamedTuple):
@@ -36,6 +36,12 @@ def _choice(of: Input, value: Any) -> dict[str, Any]:
     return {"value": value, "choices": [*(of.choices or ())], "info": sentence(of.help)}
 
 
+def _label(of: Input, value: Any) -> dict[str, Any]:
+    names = of.choices or ()
+    offered = [(names[number] or str(number), class_name(names, number)) for number in range(len(names))]
+    return {"value": value, "choices": offered, "filterable": True, "info": sentence(of.help)}
+
+
 def _seed(of: Input, value: Any) -> dict[str, Any]:
     # Text, because seeds go up to 2**63 and a number in the browser is exact only up to 2**53.
     return {"value": "" if value is None else str(value), "max_lines": 1, "placeholder": "random each time"}
@@ -47,6 +53,7 @@ CONTROLS: dict[str, Control] = {
     "number": Control(gr.Slider, _explained_slider),
     "size": Control(gr.Slider, _slider),  # its ends say what there is to say
     "choice": Control(gr.Dropdown, _choice),
+    "label": Control(gr.Dropdown, _label),  # typing searches it
     "seed": Control(gr.Textbox, _seed),
 }
 

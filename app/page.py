@@ -119,6 +119,8 @@ class Page:
             for one in inputs:
                 if one.required:
                     made[one.name] = controls.widget(one, row.name)
+                    if one.kind != "text":
+                        continue
                     with gr.Row(elem_classes="chips"):
                         for example in EXAMPLES[row.makes]:
                             gr.Button(example, size="sm").click(
@@ -370,7 +372,7 @@ def in_lines(inputs: Iterable[Input]) -> Iterator[list[Input]]:
     """Lines of the form: what is typed has one to itself, sliders and choices stand two by two."""
     line: list[Input] = []
     for one in inputs:
-        if line and (len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed"}):
+        if line and (len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed", "label"}):
             yield line
             line = []
         line.append(one)

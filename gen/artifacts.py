@@ -169,14 +169,14 @@ def parameters_text(recipe: dict[str, Any]) -> str:
     """The paragraph that A1111 and its relatives write into their pictures."""
     request, weights = recipe["request"], recipe["weights"]
     inputs = request["inputs"]
-    lines = [str(inputs.get("prompt", ""))]
+    lines = [str(inputs.get("prompt") or inputs.get("class_label", ""))]
     if inputs.get("negative_prompt"):
         lines.append(f"Negative prompt: {inputs['negative_prompt']}")
     facts = {
         "Steps": inputs.get("steps"),
         "CFG scale": inputs.get("guidance"),
         "Seed": request["seed"],
-        "Size": f"{inputs.get('width')}x{inputs.get('height')}",
+        "Size": f"{inputs['width']}x{inputs['height']}" if "width" in inputs else None,
         "Model hash": weights["fingerprint"],
         "Model": weights["key"],
         "Version": f"gen-studio {recipe['versions']['gen']}",

@@ -28,6 +28,11 @@ class Model:
     inputs: tuple[Input, ...]  # in the order of the form
     max_tokens: int = 0  # of the prompt; what goes beyond is cut, and said. 0: takes no text
 
+    @property
+    def subject(self) -> str:
+        """Name of the input that says what is to be seen: the first required one."""
+        return next(one.name for one in self.inputs if one.required)
+
     def checkpoint(self, tag: str) -> registry.Checkpoint:
         return registry.CHECKPOINTS[self.weights[tag]]
 
@@ -40,7 +45,11 @@ class Model:
             "maximum": facts.largest,
             "step": facts.size_multiple,
         }
-        return tuple(replace(one, **sized) if one.kind == "size" else one for one in self.inputs)
+        filled = {"size": sized}
+        if any(one.kind == "label" for one in self.inputs):
+            folder = store.find(self.weights[tag])
+            filled["label"] = {"choices": store.class_names(folder) if folder else ()}
+        return tuple(replace(one, **filled[one.kind]) if one.kind in filled else one for one in self.inputs)
 
 
 PROMPT = Input(
@@ -105,6 +114,14 @@ NULL_CAPTION = Input(
     choices=("own", "prompt"),
     advanced=True,
 )
+CLASS_LABEL = Input(
+    name="class_label",
+    kind="label",
+    label="Class",
+    help="what to draw, one of the classes the weights know; by name or by number",
+    argument="class_labels",
+    required=True,
+)
 SEED = Input(
     name="seed",
     kind="seed",
@@ -158,6 +175,21 @@ MODELS = index(
             NULL_CAPTION,
         ),
         max_tokens=300,
+    ),
+    Model(
+        name="dit",
+        summary="Class to image: DiT, the diffusion transformer that the others grew from",
+        pipeline="pipelines.dit:DiTPipeline",
+        weights={"512": "dit-xl-512", "256": "dit-xl-256", "toy": "dit-toy"},
+        makes="image",
+        inputs=(
+            CLASS_LABEL,
+            replace(STEPS, default=50, maximum=1000),
+            replace(GUIDANCE, help="how clearly to show the class; 1 is no guidance", default=4.0),
+            SEED,
+            COUNT,
+            replace(SCHEDULER, choices=(*(SCHEDULER.choices or ()), "learned-range")),
+        ),
     ),
 )
 

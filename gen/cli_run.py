@@ -18,15 +18,25 @@ from gen.request import DEVICES, DTYPES, Input, Request, Result, Settings
 
 TYPED = 3  # the rank of what stands on the command line itself
 RANKS = {ParameterSource.COMMANDLINE: TYPED, ParameterSource.ENVIRONMENT: 2, ParameterSource.DEFAULT_MAP: 1}
-METAVARS = {"text": "TEXT", "integer": "N", "number": "X", "size": "N", "seed": "N", "choice": "NAME"}
+METAVARS = {
+    "text": "TEXT",
+    "integer": "N",
+    "number": "X",
+    "size": "N",
+    "seed": "N",
+    "choice": "NAME",
+    "label": "CLASS",
+}
 FILE_LIMIT = 2**24  # bytes of prompts
+EXAMPLES = {"prompt": "a red cube", "class_label": "red cube"}  # by Model.subject
 
 
 def run(ctx: click.Context, /, **params: Any) -> None:
     """Draw pictures: gen run MODEL PROMPT.
 
     MODEL is a name from `gen list`, such as pixart-sigma or pixart-sigma:toy. PROMPT may be '-' to read it
-    from stdin. Several prompts and seeds give a picture for each pair.
+    from stdin; for a model of classes it is the name or number of one. Several prompts and seeds give a
+    picture for each pair.
 
     \b
       gen run pixart-sigma "a red cube"
@@ -53,7 +63,10 @@ def options() -> list[click.Parameter]:
 
     Values of inputs stay text here: Input.check is the one that judges them.
     """
-    inputs = {one.name: one for row in catalog.MODELS.values() for one in row.inputs}
+    inputs: dict[str, dict[str, Input]] = {}  # by name, then by model
+    for row in catalog.MODELS.values():
+        for one in row.inputs:
+            inputs.setdefault(one.name, {})[row.name] = one
     path = click.Path(path_type=Path)
     return [
         click.Argument(["model"], required=False),
@@ -99,11 +112,21 @@ def _option(*names: str, env: bool = True, **facts: Any) -> click.Option:
     return click.Option([*names], envvar=variable if env else None, **facts)
 
 
-def _input_option(one: Input) -> click.Option:
+def _input_option(of: Mapping[str, Input]) -> click.Option:
+    """One flag for an input that several models may have; where they differ, their help says so by name."""
+    one = next(iter(of.values()))
     several = one.name in ("prompt", "seed")
+    defaults = {model: other.default for model, other in of.items()}
+    default = ""
+    if len(set(defaults.values())) > 1:
+        default = "default " + ", ".join(f"{value} for {model}" for model, value in defaults.items())
+    elif one.default not in (None, ""):
+        default = f"default {one.default}"
+    known = of if len(catalog.MODELS) > len(of) and not several else ()
     facts = [
-        one.limits() if one.kind != "size" else "",
-        f"default {one.default}" if one.default not in (None, "") else "",
+        one.limits() if one.kind not in ("size", "label") else "",
+        default,
+        f"for {', '.join(known)}" if known and one.kind == "label" else "",
         "may be given several times" if several else "",
     ]
     remarks = ", ".join(fact for fact in facts if fact)
@@ -133,15 +156,20 @@ def _requests(
     if recipe:
         values = {**recipe["request"]["inputs"], **values}
         seeds = params["seed"] or (recipe["request"]["seed"],)
-    elif not texts and any(one.name == "prompt" for one in row.inputs):
+    elif not texts and row.subject not in values:
         raise GenError(
-            "There is no prompt, so there is nothing to draw.",
-            f'Say what to draw, e.g. gen run {reference} "a red cube"',
+            f"There is no {row.subject.replace('_', ' ')}, so there is nothing to draw.",
+            f'Say what to draw, e.g. gen run {reference} "{EXAMPLES[row.subject]}"',
             "bad_input",
+        )
+    if texts and row.subject in values and not recipe:
+        flag = f"--{row.subject.replace('_', '-')}"
+        raise GenError(
+            f"What to draw is said twice, in words and by {flag}.", "Use one of them.", "bad_input"
         )
     requests = [
         Request.build(reference, {**values, **text}, seed)
-        for text in ([{"prompt": text} for text in texts] or [{}])
+        for text in ([{row.subject: text} for text in texts] or [{}])
         for seed in seeds
     ]
     output = params["output"]
@@ -298,7 +326,7 @@ def _draw(requests: list[Request], settings: Settings, talk: Progress, params: M
     try:
         for number, request in enumerate(requests):
             if len(requests) > 1 and not talk.quiet:
-                talk.say(f"request {number + 1}/{len(requests)}: {request.inputs.get('prompt', '')[:60]}")
+                talk.say(f"request {number + 1}/{len(requests)}: {request.subject[:60]}")
             with closing(engine.run(request, settings)) as events:
                 for event in events:
                     talk.show(event)
@@ -353,7 +381,7 @@ def _plan(request: Request, settings: Settings) -> dict[str, Any]:
     with loader.explained(folder):
         store.verify(folder, checksums=False)
         parameters = store.parameters(folder)
-    past = library.typical(request.model, tag, request.inputs)
+    past = library.typical(request.model, tag, request.inputs, facts.native_size)
     return {
         "request": request.to_json(),
         "toy": facts.is_toy,

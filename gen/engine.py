@@ -34,7 +34,7 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     settings = settings or Settings()
     row, _ = catalog.find(request.model)
     tag, facts, folder = catalog.choose(row, request.weights)
-    width, height = request.inputs["width"], request.inputs["height"]
+    width, height = (request.inputs.get(side, facts.native_size) for side in ("width", "height"))
     place = artifacts.prepare(settings.output, request.count, width * height)
 
     started = time.perf_counter()
@@ -237,7 +237,7 @@ def _entry(
         "weights": request.weights,
         "fingerprint": loaded.fingerprint,
         "seed": seed,
-        "prompt": request.inputs.get("prompt", ""),
+        "prompt": request.subject,
         "width": picture.result.width,
         "height": picture.result.height,
         "seconds": seconds,
@@ -288,9 +288,9 @@ def _explained(request: Request) -> Iterator[None]:
         ):
             raise
         loader.forget()
-        size = f"{request.inputs['width']}x{request.inputs['height']}"
+        size = "x".join(str(request.inputs[side]) for side in ("width", "height") if side in request.inputs)
         raise GenError(
-            f"A picture of {size} did not fit into memory.",
+            f"A picture{' of ' if size else ''}{size} did not fit into memory.",
             "Try a smaller --size, --dtype bfloat16, or end other programs that use the memory.",
             "out_of_memory",
         ) from error

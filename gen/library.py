@@ -174,12 +174,13 @@ class Typical:
     peak_bytes: int
 
 
-def typical(model: str, weights: str, inputs: Mapping[str, Any]) -> Typical | None:
-    """What the last pictures of the same size and steps took, or None without any."""
+def typical(model: str, weights: str, inputs: Mapping[str, Any], native: int) -> Typical | None:
+    """What the last pictures of the same size and steps took, or None without any. `native`: pixels per side
+    of models that draw in one size."""
     rows = _select(
         "WHERE model = ? AND weights = ? AND width = ? AND height = ? "
         "AND json_extract(recipe, '$.request.inputs.steps') = ? ORDER BY created DESC LIMIT 9",
-        (model, weights, inputs["width"], inputs["height"], inputs["steps"]),
+        (model, weights, inputs.get("width", native), inputs.get("height", native), inputs["steps"]),
     )
     if not rows:
         return None

@@ -32,7 +32,7 @@ class Input:
     """
 
     name: str
-    kind: str  # text | integer | number | choice | seed | size: a key of CHECKS
+    kind: str  # text | integer | number | choice | label | seed | size: a key of CHECKS
     label: str
     help: str
     argument: str
@@ -57,6 +57,8 @@ class Input:
 
     def limits(self) -> str:
         """`64 to 256` and the like, for messages and help."""
+        if self.kind == "label":
+            return f"{len(self.choices)} classes, by name or number" if self.choices else ""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.minimum is None or self.maximum is None:
@@ -156,6 +158,44 @@ def _check_choice(of: Input, value: Any) -> str:
     return str(value)
 
 
+def class_name(names: tuple[str, ...], number: int) -> str:
+    """How a class is written down: its first name, or its number where that name is shared or missing."""
+    first = names[number].split(",")[0].strip()
+    return first if first and _called(names, first) == [number] else str(number)
+
+
+def _called(names: tuple[str, ...], text: str) -> list[int]:
+    """Numbers of the classes with this among their names, in whatever letters."""
+    wanted = text.strip().casefold()
+    alike = [[one.strip().casefold() for one in row.split(",")] for row in names]
+    return [number for number, row in enumerate(alike) if wanted and wanted in row]
+
+
+def _check_label(of: Input, value: Any) -> str:
+    """A class by number or by one of its names. `choices` holds the names of each class, comma-separated."""
+    names = of.choices or ()
+    if not isinstance(value, str) or value.strip().isdecimal():
+        whole = Input(
+            name=of.name,
+            kind="integer",
+            label=of.label,
+            help=of.help,
+            argument="",
+            minimum=0,
+            maximum=len(names) - 1,
+        )
+        return class_name(names, _check_integer(whole, value))
+    found = _called(names, value) or [n for n, row in enumerate(names) if row and row == value.strip()]
+    if len(found) == 1:
+        return class_name(names, found[0])
+    if found:
+        listed = ", ".join(f"{number} ({names[number]})" for number in found)
+        raise of.error(f"{_shown(value)} names several classes: {listed}.", "Give the number.")
+    known = [one.strip() for row in names for one in row.split(",") if one.strip()]
+    hint = did_you_mean(value.strip(), known) or f"`gen show` lists the {len(names)} classes."
+    raise of.error(f"There is no class {_shown(value)}.", hint)
+
+
 def _check_seed(of: Input, value: Any) -> int:
     hint = f"Give a whole number from 0 to {SEED_LIMIT - 1}, or leave the seed out to have one drawn."
     try:
@@ -185,6 +225,7 @@ CHECKS = {
     "integer": _check_integer,
     "number": _check_number,
     "choice": _check_choice,
+    "label": _check_label,
     "seed": _check_seed,
     "size": _check_size,
 }
@@ -236,6 +277,13 @@ class Request:
             count=checked.pop("count"),
             inputs=MappingProxyType(checked),
         )
+
+    @property
+    def subject(self) -> str:
+        """What is to be seen, in words: the prompt, or the name of the class."""
+        from gen import catalog
+
+        return str(self.inputs[catalog.MODELS[self.model].subject])
 
     @property
     def seeds(self) -> list[int]:

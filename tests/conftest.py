@@ -70,6 +70,36 @@ def tiny_toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_dit_folder(tiny_toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional pipeline with random numbers: 128 pixels, 4 classes, one without a name of its
+    own."""
+    import torch
+
+    from pipelines.dit import DiTPipeline
+    from pipelines.dpm_solver import DPMSolver
+    from pipelines.models.autoencoder import AutoencoderKL
+    from pipelines.models.dit import DiTTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("toy") / "dit"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = DiTTransformer2DModel(
+            sample_size=16,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=4,
+            num_embeds_ada_norm=4,
+        )
+    vae = AutoencoderKL.from_pretrained(tiny_toy_folder / "vae")
+    names = {0: "red cube, crimson box", 1: "blue ball", 2: "crane", 3: "crane, heron"}
+    pipeline = DiTPipeline(vae, network, DPMSolver(prediction_type="v_prediction"), names)
+    pipeline.save_pretrained(folder, published=False)
+    return folder
+
+
 def write_tokenizer(folder: Path) -> None:
     """A T5 tokenizer of whole words and letters; the empty prompt is one token, the end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -182,6 +182,19 @@ def _count(shape: list[int]) -> int:
     return count
 
 
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The names of each class of a class-conditional pipeline, by its number; empty where it has none.
+
+    Raises CorruptWeights for a folder without the number of its classes.
+    """
+    path = folder / "transformer" / "config.json"
+    count = _json(path).get("num_embeds_ada_norm")
+    if not isinstance(count, int) or not 0 < count <= 1_000_000:
+        raise CorruptWeights(f"{path} does not say how many classes there are")
+    names = _json(folder / "model_index.json").get("id2label") or {}
+    return tuple(str(names.get(str(number), "")) for number in range(count))
+
+
 def size_on_disk(folder: Path) -> int:
     """Bytes of all safetensors files: what loading reads."""
     return sum(path.stat().st_size for path in _files(folder, ".safetensors"))

@@ -1,5 +1,7 @@
 """Every kind of input has a widget, and the widget takes and gives back what the input allows."""
 
+from dataclasses import replace
+
 import gradio as gr
 import pytest
 
@@ -76,5 +78,20 @@ def test_lines_of_the_form_pair_sliders_and_leave_writing_its_width():
         ["width", "height"],
         ["steps", "guidance"],
         ["seed"],
-        ["count"],
+        ["count", "scheduler"],
+        ["null_caption"],
     ]
+    lines = [[one.name for one in line] for line in page.in_lines(MODELS["dit"].inputs)]
+    assert lines == [["class_label"], ["steps", "guidance"], ["seed"], ["count", "scheduler"]]
+
+
+def test_classes_are_a_list_that_typing_searches():
+    (one,) = (one for one in MODELS["dit"].inputs if one.kind == "label")
+    one = replace(one, choices=("red cube, crimson box", "", "crane", "crane, heron"))
+    with gr.Blocks():
+        widget = controls.widget(one, "m")
+    assert isinstance(widget, gr.Dropdown)
+    assert widget.filterable
+    shown = [("red cube, crimson box", "red cube"), ("1", "1"), ("crane", "2"), ("crane, heron", "3")]
+    assert widget.choices == shown
+    assert [one.check(value) for _, value in shown] == [value for _, value in shown]

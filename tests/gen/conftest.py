@@ -29,6 +29,17 @@ def installed(weights_root, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def installed_dit(installed, tiny_dit_folder, tmp_path, monkeypatch) -> Path:
+    """dit:toy is on this machine as well."""
+    root = tmp_path / "weights"
+    (root / "toy").mkdir(parents=True)
+    (root / "toy" / "dit").symlink_to(tiny_dit_folder)
+    (root / "toy" / "pixart-sigma").symlink_to((installed / "toy" / "pixart-sigma").resolve())
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(root))
+    return root
+
+
+@pytest.fixture
 def draw(installed):
     """draw("a red cube", seed=1) -> the list of results, in two steps at 64 pixels unless told otherwise."""
 

@@ -108,4 +108,4 @@ def test_a_value_the_model_does_not_take_names_those_that_do(installed):
     narrow = replace(
         MODELS["pixart-sigma"], name="narrow", inputs=(catalog.PROMPT, catalog.SEED, catalog.COUNT)
     )
-    assert catalog.not_taken(narrow, "guidance").hint == "Models that take it: pixart-sigma."
+    assert catalog.not_taken(narrow, "guidance").hint == "Models that take it: pixart-sigma, dit."

@@ -116,8 +116,8 @@ def test_typical_is_the_median_of_the_same_work():
         add(entry(seconds=seconds, peak_bytes=int(seconds), recipe=recipe))
     add(entry(seconds=100.0, width=128))
     work = {"width": 64, "height": 96, "steps": 20}
-    assert library.typical("pixart-sigma", "toy", work) == library.Typical(0.5, 2.0, 2)
-    assert library.typical("pixart-sigma", "toy", {"width": 64, "height": 96, "steps": 21}) is None
+    assert library.typical("pixart-sigma", "toy", work, 128) == library.Typical(0.5, 2.0, 2)
+    assert library.typical("pixart-sigma", "toy", {"width": 64, "height": 96, "steps": 21}, 128) is None
 
 
 def test_many_threads_may_add_at_once():

@@ -24,6 +24,8 @@ def test_a_request_is_complete_after_building():
         "height": 128,
         "steps": 20,
         "guidance": 4.5,
+        "scheduler": "default",
+        "null_caption": "own",
     }
     assert 0 <= request.seed < 2**32
 
