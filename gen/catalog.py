@@ -218,9 +218,10 @@ def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]
         if folder is not None:
             return candidate, row.checkpoint(candidate), folder
     if tag is None:
+        recipe = next((facts.recipe for facts in map(row.checkpoint, row.weights) if facts.recipe), "")
         raise GenError(
-            f"No weights of {row.name} are on this machine, not even the embedded ones.",
-            "The installation is incomplete: install gen-studio again, or set GEN_WEIGHTS_DIR.",
+            f"No weights of {row.name} are on this machine.",
+            f"Train small ones (gen train {recipe}), or get published ones: gen show {row.name}",
             "not_installed",
         )
     facts = row.checkpoint(tag)
