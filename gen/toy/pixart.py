@@ -625,10 +625,9 @@ def export(transformer: nn.Module, work: Path, output: Path, facts: dict) -> Non
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(building)
     # diffusers notes where it read a part: a path of this machine
-    config = building / "vae" / "config.json"
-    entries = json.loads(config.read_text())
-    entries.pop("_name_or_path", None)
-    config.write_text(json.dumps(entries, indent=2) + "\n")
+    _change_json(building / "vae" / "config.json", _name_or_path=None)
+    # Where no dtype is asked for, transformers takes the stored one and diffusers float32; they must agree
+    _change_json(building / "text_encoder" / "config.json", dtype="float32")
     probe = {k: v.half() for k, v in load_file(work / TEXT_PROBE).items()}
     save_file(probe, building / TEXT_PROBE)
     (building / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -637,3 +636,9 @@ def export(transformer: nn.Module, work: Path, output: Path, facts: dict) -> Non
         shutil.rmtree(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     building.rename(output)
+
+
+def _change_json(path: Path, **changes: str | None) -> None:
+    """Set entries of a JSON file; None takes one out."""
+    entries = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in entries.items() if v is not None}, indent=2) + "\n")
