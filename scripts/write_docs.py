@@ -13,16 +13,17 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from gen.commands import cli
 from gen.evaluate import markdown
+from weights import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI_MD = ROOT / "docs" / "cli.md"
 README = ROOT / "README.md"
-RECORD = ROOT / "weights" / "toy" / "pixart-sigma" / "toy.json"
 HEAD = """\
 # The command line
 
@@ -51,13 +52,24 @@ def cli_md() -> str:
     return "\n".join([HEAD, *parts])
 
 
+def measured() -> Iterator[dict[str, Any]]:
+    """The tables that `gen evaluate --record` wrote into the embedded weights, in the registry's order."""
+    for row in registry.CHECKPOINTS.values():
+        path = ROOT / "weights" / row.folder / "toy.json"
+        quality = (
+            json.loads(path.read_text(encoding="utf-8"))["quality"] if row.folder and path.exists() else {}
+        )
+        if "rows" in quality:
+            yield quality
+
+
 def readme() -> str:
     """The text that README.md should have: the measured quality of the embedded weights between its
     markers."""
-    table = markdown(json.loads(RECORD.read_text(encoding="utf-8"))["quality"])
+    tables = [markdown(quality) for quality in measured()]
     begin, end = "<!-- quality:begin -->\n", "<!-- quality:end -->"
-    text = README.read_text(encoding="utf-8")
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{table}{end}", text, flags=re.S)
+    text, body = README.read_text(encoding="utf-8"), "\n".join(tables)
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{body}{end}", text, flags=re.S)
 
 
 def main(arguments: list[str]) -> int:
