@@ -93,7 +93,7 @@ def _build(part: Any) -> Any:
     """The network with its numbers; costs no memory beyond the checkpoint's."""
     from pipelines import components
 
-    network_class = components.resolve(components.PARTS[part.class_name].ours)
+    network_class: Any = components.resolve(components.PARTS[part.class_name].ours)
     network = network_class.empty(network_class.config_class(**part.config))
     network.check_state(part.state, Path(part.name))
     network.load_state_dict(part.state, strict=True, assign=True)

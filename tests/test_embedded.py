@@ -22,7 +22,7 @@ def folder_of(row: registry.Checkpoint) -> Path:
 
 
 def test_what_the_first_picture_and_its_judge_need_is_there():
-    assert {registry.TOY.key, registry.JUDGE.key} <= {row.key for row in ROWS}
+    assert {registry.TOY.key, registry.DIT_TOY.key, registry.JUDGE.key} <= {row.key for row in ROWS}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
@@ -87,6 +87,18 @@ def test_a_prompt_is_drawn_alike_by_diffusers_own_pipeline():
     ).images[0]
     assert picture.size == (128, 128)
     assert np.abs(np.asarray(picture).astype(int) - ours).max() <= 2
+
+
+def test_the_pictures_show_their_class():
+    import torch
+
+    from gen.toy import dit
+    from gen.toy.judge import load_judge
+    from pipelines.dit import DiTPipeline
+
+    pipeline = DiTPipeline.from_pretrained(folder_of(registry.DIT_TOY), torch_dtype=torch.float32)
+    judge = load_judge(folder_of(registry.JUDGE))
+    assert dit.measure(pipeline, judge, count=32, steps=20).right >= 75
 
 
 @pytest.mark.parametrize("metric", FLOORS)
