@@ -85,7 +85,7 @@ PARTS: Mapping[str, Part] = {
 }
 
 
-def resolve(name: str) -> type:
+def resolve(name: str) -> Any:
     """ "module:Class" to the class."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
@@ -122,6 +122,18 @@ def write_index(
     (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 
+def load_all(folder: Path, classes: Mapping[str, str], **options: Any) -> dict[str, Any]:
+    """All parts of a pipeline's folder: `classes` as `read_index` gives them, `options` as `load` takes them.
+
+    Raises ValueError as `load` does, and when the VAE's latents are not those that the transformer draws.
+    """
+    loaded = {name: load(folder / name, class_name, **options) for name, class_name in classes.items()}
+    channels, drawn = loaded["vae"].config.latent_channels, loaded["transformer"].config.in_channels
+    if channels != drawn:
+        raise ValueError(f"{folder}: the VAE has {channels} latent channels, the transformer draws {drawn}")
+    return loaded
+
+
 def load(
     folder: Path,
     class_name: str,
@@ -152,7 +164,7 @@ def load(
     return model.to(device).eval()
 
 
-def _choose(part: Part, entries: Mapping[str, Any], folder: Path, own: bool) -> type:
+def _choose(part: Part, entries: Mapping[str, Any], folder: Path, own: bool) -> Any:
     if part.ours and (own or not part.theirs):
         class_ = resolve(part.ours)
         arguments = (entries, folder) if part.kind == "tokenizer" else (entries,)

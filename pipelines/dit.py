@@ -14,7 +14,6 @@ leaves the learned variance. Further differences to diffusers, on purpose:
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipelines import Step, components, schedulers
+from pipelines.class_labels import ClassLabels, Labels
 from pipelines.latent_images import (
     MAX_STEPS,
     OUTPUT_TYPES,
@@ -38,15 +38,15 @@ from pipelines.latent_images import (
 from pipelines.learned_range import LearnedRangeScheduler
 from pipelines.models.dit import DiTTransformer2DModel, Modulation
 from pipelines.models.network import read_json
+from pipelines.scheduler_base import index_entry, noise_schedule, standard_noise
 
-Labels = int | str | Sequence[int | str]  # classes by number or by name
 Callback = Callable[["DiTPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 OFFICIAL = "learned-range"  # the official sampler, next to those of pipelines.schedulers
 TABLE_BYTES = 2**27  # of adaLN tables computed ahead
 
 
-class DiTPipeline(LatentImagePipeline):
+class DiTPipeline(ClassLabels, LatentImagePipeline):
     """Three parts, the names of the classes, and the recipe. Parts may be ours or the libraries'."""
 
     parts = ("vae", "transformer", "scheduler")
@@ -59,8 +59,7 @@ class DiTPipeline(LatentImagePipeline):
         id2label: Mapping[Any, str] | None = None,  # number of a class -> its names, separated by commas
     ) -> None:
         super().__init__(vae, transformer, scheduler)
-        self.id2label = _read_labels(id2label or {}, self.num_classes)
-        self._names = _names(self.id2label)
+        self.name_classes(id2label or {})
 
     # Loading and saving
 
@@ -84,17 +83,7 @@ class DiTPipeline(LatentImagePipeline):
         if classes["transformer"] not in ("DiTTransformer2DModel", "Transformer2DModel"):
             raise ValueError(f"{folder}: a {classes['transformer']} does not belong into a DiTPipeline")
         classes["transformer"] = "DiTTransformer2DModel"
-        loaded = {
-            name: components.load(
-                folder / name, classes[name], torch_dtype=torch_dtype, device=device, own=own_parts
-            )
-            for name in cls.parts
-        }
-        channels, drawn = loaded["vae"].config.latent_channels, loaded["transformer"].config.in_channels
-        if channels != drawn:
-            raise ValueError(
-                f"{folder}: the VAE has {channels} latent channels, the transformer draws {drawn}"
-            )
+        loaded = components.load_all(folder, classes, torch_dtype=torch_dtype, device=device, own=own_parts)
         index = folder / "model_index.json"
         try:
             return cls(**loaded, id2label=read_json(index).get("id2label"))
@@ -112,21 +101,15 @@ class DiTPipeline(LatentImagePipeline):
         self.transformer.save_pretrained(folder / "transformer", published=published)
         self.scheduler.save_pretrained(folder / "scheduler")
         # What diffusers does not have it must not look for: it would fill missing weights with random ones.
-        schedulers = {
-            "DPMSolver": ("diffusers", "DPMSolverMultistepScheduler"),
-            "LearnedRangeScheduler": ("pipelines", "LearnedRangeScheduler"),
-        }
-        scheduler = type(self.scheduler).__name__
-        names = {str(number): text for number, text in sorted(self.id2label.items())}
         components.write_index(
             folder,
             "DiTPipeline",
             {
                 "vae": ("diffusers", "AutoencoderKL"),
                 "transformer": ("diffusers" if published else "pipelines", "DiTTransformer2DModel"),
-                "scheduler": schedulers.get(scheduler, ("diffusers", scheduler)),
+                "scheduler": index_entry(self.scheduler),
             },
-            {"id2label": names} if names else {},
+            self.stored_names(),
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -134,76 +117,6 @@ class DiTPipeline(LatentImagePipeline):
         self.vae.to(device=device, dtype=dtype)
         self.transformer.to(device=device, dtype=dtype)
         return self
-
-    @property
-    def num_classes(self) -> int:
-        """Classes are numbered from 0 to this, without it."""
-        return self.transformer.config.num_embeds_ada_norm
-
-    # The names of the classes
-
-    def find_labels(self, text: str) -> list[tuple[int, str]]:
-        """(number, name) of every class with a name that holds the text, whole names first.
-
-        Where no name does, those that are spelled much alike; the empty text finds all.
-        """
-        wanted = text.strip().casefold()
-        found = [(name, numbers) for name, numbers in self._names.items() if wanted in name.casefold()]
-        if not found:
-            by_fold = {name.casefold(): name for name in self._names}
-            close = difflib.get_close_matches(wanted, by_fold, n=5, cutoff=0.6)
-            return [(number, by_fold[fold]) for fold in close for number in self._names[by_fold[fold]]]
-
-        def rank(entry: tuple[int, str]) -> tuple[bool, bool, int, str]:
-            number, name = entry
-            return name.casefold() != wanted, not name.casefold().startswith(wanted), number, name
-
-        return sorted(((number, name) for name, numbers in found for number in numbers), key=rank)
-
-    def get_label_ids(self, class_labels: Labels) -> list[int]:
-        """Numbers of classes given by number, by one of their names, or by a number in letters ("207").
-
-        Upper and lower case are told apart only where that decides between two classes. Raises ValueError
-        for a number out of range, an unknown name, or a name of several classes.
-        """
-        labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
-        if not isinstance(labels, list | tuple) or not labels:
-            raise ValueError(f"class_labels must be a class or a list of classes, not {class_labels!r}")
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: Any) -> int:
-        if isinstance(label, str):
-            name = label.strip()
-            numbers = self._called(name)
-            if len(numbers) == 1:
-                return numbers[0]
-            if numbers:
-                listed = ", ".join(f"{number} ({self.id2label[number]})" for number in numbers)
-                raise ValueError(f"'{name}' names several classes: {listed}; give the number")
-            if not name.isdecimal():
-                raise ValueError(self._no_such_name(name))
-            label = int(name)
-        if isinstance(label, bool) or not isinstance(label, int):
-            raise ValueError(f"a class is given by number or by name, not {label!r}")
-        if not 0 <= label < self.num_classes:
-            raise ValueError(f"there is no class {label}; they are numbered from 0 to {self.num_classes - 1}")
-        return label
-
-    def _called(self, name: str) -> list[int]:
-        """Classes of exactly this name; else of it in other letters; else of all these names at once."""
-        if name in self._names:
-            return sorted(self._names[name])
-        folded = name.casefold()
-        alike = [numbers for known, numbers in self._names.items() if known.casefold() == folded]
-        return sorted(set().union(*alike)) or [n for n, text in self.id2label.items() if text == name]
-
-    def _no_such_name(self, name: str) -> str:
-        if not self._names:
-            return f"no class is called '{name}': these weights have no names; give a number"
-        close = list(dict.fromkeys(known for _, known in self.find_labels(name)))[:5] if name else []
-        if close:
-            return f"no class is called '{name}'. Did you mean {', '.join(close)}?"
-        return f"no class is called '{name}'; they also have numbers, from 0 to {self.num_classes - 1}"
 
     # The recipe
 
@@ -304,7 +217,7 @@ class DiTPipeline(LatentImagePipeline):
         guided = guidance_scale > 1.0
         moved = transformer.config.in_channels if guidance_channels is None else guidance_channels
         halves = [*labels, *[transformer.config.null_label] * pictures] if guided else [*labels]
-        modulation = self._modulations(halves, timesteps)
+        modulation = modulations(transformer, halves, timesteps)
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
             predicted = transformer(
@@ -317,28 +230,6 @@ class DiTPipeline(LatentImagePipeline):
             return torch.cat([noise, of_class[:, moved:]], dim=1)
 
         return predict
-
-    def _modulations(self, labels: Sequence[int], timesteps: Tensor) -> Callable[[int], Modulation]:
-        """Index of a step -> adaLN tables of these labels, computed for many steps at once."""
-        transformer = self.transformer
-        different, rows = torch.tensor(labels).unique(return_inverse=True)
-        different, rows = different.to(self.device), rows.to(self.device)
-        config = transformer.config
-        one_step = len(different) * (6 * config.num_layers + 2) * config.width * transformer.dtype.itemsize
-        ahead = max(1, TABLE_BYTES // one_step)
-        start, table = 0, None
-
-        def modulation(index: int) -> Modulation:
-            nonlocal start, table
-            if table is None or not start <= index < start + ahead:
-                start = index
-                chosen = timesteps[start : start + ahead].to(self.device)
-                table = transformer.modulation(
-                    chosen.repeat_interleave(len(different)), different.repeat(len(chosen))
-                )
-            return table.at((index - start) * len(different) + rows)
-
-        return modulation
 
     # Its verbs
 
@@ -371,7 +262,8 @@ class DiTPipeline(LatentImagePipeline):
             check_integer("guidance_channels", guidance_channels, 1, config.in_channels)
         check_choice("scheduler", scheduler, (*schedulers.names(), OFFICIAL))
         own = scheduler in (schedulers.STORED, OFFICIAL)  # the others may take seconds to import
-        learned = own and _learned_variance(self._walk(scheduler))
+        walk = self._walk(scheduler) if own else None
+        learned = walk is not None and _learned_variance(walk)
         if learned and self.transformer.out_channels != 2 * config.in_channels:
             raise ValueError(
                 f"these weights answer {self.transformer.out_channels} channels for {config.in_channels}, "
@@ -379,6 +271,10 @@ class DiTPipeline(LatentImagePipeline):
             )
         most = getattr(self.scheduler.config, "num_train_timesteps", MAX_STEPS)
         check_integer("num_inference_steps", num_inference_steps, 2 if learned else 1, most)
+        if walk is None:
+            noise_schedule(self.scheduler)
+        else:
+            walk.set_timesteps(num_inference_steps)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents"}
@@ -406,37 +302,36 @@ class DiTPipeline(LatentImagePipeline):
         times = 2 if guided else 1
         batch, *shape = latents.shape
         if generator is None or isinstance(generator, torch.Generator):
-            source = "cpu" if generator is None else generator.device
-            drawn = torch.randn((times * batch, *shape), generator=generator, device=source)[:batch]
-        else:
-            alone = [torch.randn((times, *shape), generator=one, device=one.device)[:1] for one in generator]
-            drawn = torch.cat([row.to(latents.device) for row in alone])
-        return drawn.to(latents.device)
+            return standard_noise((times * batch, *shape), generator, latents.device)[:batch]
+        return torch.cat([standard_noise((times, *shape), one, latents.device)[:1] for one in generator])
+
+
+def modulations(transformer: Any, labels: Sequence[int], timesteps: Tensor) -> Callable[[int], Modulation]:
+    """Index of a step -> adaLN tables of these labels, computed for many steps at once.
+
+    `transformer` is a DiT, in two dimensions or three.
+    """
+    device = transformer.device
+    different, rows = torch.tensor(labels).unique(return_inverse=True)
+    different, rows = different.to(device), rows.to(device)
+    config = transformer.config
+    one_step = len(different) * (6 * config.num_layers + 2) * config.width * transformer.dtype.itemsize
+    ahead = max(1, TABLE_BYTES // one_step)
+    start, table = 0, None
+
+    def modulation(index: int) -> Modulation:
+        nonlocal start, table
+        if table is None or not start <= index < start + ahead:
+            start = index
+            chosen = timesteps[start : start + ahead].to(device)
+            table = transformer.modulation(
+                chosen.repeat_interleave(len(different)), different.repeat(len(chosen))
+            )
+        return table.at((index - start) * len(different) + rows)
+
+    return modulation
 
 
 def _learned_variance(scheduler: Any) -> bool:
     """Whether the scheduler's step wants the channels of the variance as well."""
     return getattr(scheduler, "learned_variance", False)
-
-
-def _read_labels(id2label: Mapping[Any, str], classes: int) -> dict[int, str]:
-    """Names by number. Raises ValueError for what is not a class of these weights or not a text."""
-    if not isinstance(id2label, Mapping):
-        raise ValueError("id2label must map numbers of classes to names")
-    labels = {}
-    for key, names in id2label.items():
-        if not str(key).isdecimal() or not int(key) < classes:
-            raise ValueError(f"id2label names a class {key!r}, the weights have 0 to {classes - 1}")
-        if not isinstance(names, str):
-            raise ValueError(f"id2label: the names of class {key} must be a text, not {names!r}")
-        labels[int(key)] = names
-    return labels
-
-
-def _names(id2label: Mapping[int, str]) -> dict[str, set[int]]:
-    """Every single name -> the classes that have it; some have two, such as the crane of ImageNet."""
-    names: dict[str, set[int]] = {}
-    for number, text in sorted(id2label.items()):
-        for name in filter(None, (part.strip() for part in text.split(","))):
-            names.setdefault(name, set()).add(number)
-    return names

@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from pipelines import attention, tiling
 from pipelines.bins import BINS
+from pipelines.scheduler_base import Generators, standard_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 Predict = Callable[[Tensor, int, Tensor], Tensor]  # latents, index of the step, timestep -> prediction
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -69,13 +69,7 @@ class LatentImagePipeline:
         With a list of generators picture n gets what it would get alone.
         """
         shape = (self.transformer.config.in_channels, *self._latent_size(height, width))
-        if generator is None or isinstance(generator, torch.Generator):
-            source = "cpu" if generator is None else generator.device
-            return torch.randn((batch, *shape), generator=generator, device=source)
-        drawn = [
-            torch.randn((1, *shape), generator=one, device=one.device).to(self.device) for one in generator
-        ]
-        return torch.cat(drawn)
+        return standard_noise((batch, *shape), generator, self.device)
 
     @torch.inference_mode()
     def decode(

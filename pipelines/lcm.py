@@ -10,44 +10,30 @@ for the next timestep. The words are those of `pipelines.dpm_solver`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pipelines.models.network import read_json
-
-Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the batch, or one for each row
+from pipelines.scheduler_base import Generators, NoiseConfig, OrderedScheduler, standard_noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class LCMConfig:
+class LCMConfig(NoiseConfig):
     """Names of diffusers' `LCMScheduler`; defaults of PixArt-delta, whose betas are others."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"  # or "scaled_linear"
-    prediction_type: str = "epsilon"  # or "v_prediction", "sample"
     original_inference_steps: int = 50  # timesteps the network was distilled on
     timestep_scaling: float = 10.0
     timestep_spacing: str = "official"  # or "diffusers": see SPACINGS
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneStepConfig:
+class OneStepConfig(NoiseConfig):
     """Names of diffusers' `DDPMScheduler`, and the timestep."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"  # or "scaled_linear"
-    prediction_type: str = "epsilon"  # or "v_prediction", "sample"
     timestep: int = 400  # at which pure noise is handed in, as if it were a picture half way
 
 
@@ -57,71 +43,22 @@ SPACINGS: Mapping[str, Callable[[int, int], list[int]]] = {
     "official": lambda origin, steps: [index * (origin // steps) for index in range(steps)],
     "diffusers": lambda origin, steps: [int(index * (origin / steps)) for index in range(steps)],
 }
-BETAS = ("linear", "scaled_linear")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
-class _Jumps:
+class _Jumps(OrderedScheduler):
     """What the two have in common."""
 
-    config_name = "scheduler_config.json"
-    order = 1  # calls of the network per step
-    init_noise_sigma = 1.0
-    config_class: ClassVar[type]
-    header: ClassVar[Mapping[str, Any]]
-    # What diffusers means by an entry that its file leaves out, where that differs from our default.
-    implied: ClassVar[Mapping[str, Any]] = {}
-    # For each option the values that are computed here; any value is fine for an option in neither table.
-    covered: ClassVar[Mapping[str, tuple[Any, ...]]]
-    idle: ClassVar[frozenset[str]]  # options that change nothing here
+    covered: ClassVar[dict[str, tuple[Any, ...]]] = OrderedScheduler.covered | {
+        "trained_betas": (None,),
+        "thresholding": (False,),
+        "clip_sample": (False,),
+        "rescale_betas_zero_snr": (False,),
+    }
+    idle = frozenset({"dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range", "steps_offset"})
 
     def __init__(self, config: Any = None, **options: Any) -> None:
-        self.config = self.config_class(**options) if config is None else config
-        for name, values in self.covered.items():
-            if getattr(self.config, name, values[0]) not in values:
-                raise ValueError(f"{name} must be one of {values}, not {getattr(self.config, name)!r}")
-        start, end, count = self.config.beta_start, self.config.beta_end, self.config.num_train_timesteps
-        if self.config.beta_schedule == "linear":
-            betas = torch.linspace(start, end, count, dtype=torch.float32)
-        else:
-            betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
-        # float32, as the schedules of published models were computed
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        self.timesteps = torch.arange(count - 1, -1, -1)
-        self.denoised: Tensor | None = None  # what the network expects the picture to be, after the last step
+        super().__init__(config, **options)
         self._walk: list[int] = []
-        self._index = 0
-
-    @classmethod
-    def supports(cls, entries: Mapping[str, Any]) -> bool:
-        """Whether a scheduler_config.json describes what this class computes."""
-        known = {field.name for field in fields(cls.config_class)} | cls.covered.keys() | cls.idle
-        return all(
-            key.startswith("_") or (key in known and (key not in cls.covered or value in cls.covered[key]))
-            for key, value in entries.items()
-        )
-
-    @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
-        """Read scheduler_config.json. Raises ValueError when it is missing or not supported."""
-        path = Path(folder) / cls.config_name
-        entries = read_json(path)
-        if not cls.supports(entries):
-            raise ValueError(f"{path} asks for options that {cls.__name__} does not have")
-        entries = cls.implied | entries
-        known = {field.name for field in fields(cls.config_class)}
-        return cls(cls.config_class(**cls.translate({key: entries[key] for key in entries.keys() & known})))
-
-    @classmethod
-    def translate(cls, entries: dict[str, Any]) -> dict[str, Any]:
-        """From diffusers' values to ours."""
-        return entries
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = {**self.header, **asdict(self.config)}
-        (folder / self.config_name).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
 
     def set_timesteps(
         self,
@@ -130,9 +67,7 @@ class _Jumps:
         timesteps: Sequence[int] | None = None,  # descending, instead of a number of steps
     ) -> None:
         """Choose the timesteps and start over. Raises ValueError for numbers the network never saw."""
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("give num_inference_steps or timesteps")
-        chosen = self._spaced(num_inference_steps) if timesteps is None else [int(t) for t in timesteps]
+        chosen = self._chosen(num_inference_steps, timesteps)
         last = self.config.num_train_timesteps - 1
         falling = sorted(set(chosen), reverse=True) == chosen
         if not chosen or not falling or chosen[0] > last or chosen[-1] < 0:
@@ -164,13 +99,8 @@ class _Jumps:
             raise ValueError("call set_timesteps before step, and step once per timestep")
         now = self._walk[self._index]
         alpha, sigma = self._alpha_sigma(now)
-        x, answer = sample.float(), model_output.float()
-        if self.config.prediction_type == "epsilon":
-            expected = (x - sigma * answer) / alpha
-        elif self.config.prediction_type == "v_prediction":
-            expected = alpha * x - sigma * answer
-        else:
-            expected = answer
+        x = sample.float()
+        expected = self.expected(x, model_output.float(), alpha, sigma)
         skip, out = self.boundary(now)
         expected = out * expected + skip * x
         self.denoised = expected.to(sample.dtype)
@@ -178,16 +108,15 @@ class _Jumps:
         if self._index == len(self._walk):
             return self.denoised, self.denoised
         alpha, sigma = self._alpha_sigma(self._walk[self._index])
-        noise = _noise(sample, generator) if variance_noise is None else variance_noise
+        noise = variance_noise
+        if noise is None:
+            noise = standard_noise(sample.shape, generator, sample.device)
         if noise.shape != sample.shape:
             raise ValueError(f"the noise is {tuple(noise.shape)}, the latents are {tuple(sample.shape)}")
         return (alpha * expected + sigma * noise.to(x)).to(sample.dtype), self.denoised
 
     def boundary(self, timestep: int) -> tuple[float, float]:
         """How much of the latents and of the network's picture is taken: c_skip, c_out."""
-        raise NotImplementedError
-
-    def _spaced(self, steps: int) -> list[int]:
         raise NotImplementedError
 
     def _alpha_sigma(self, timestep: int) -> tuple[float, float]:
@@ -201,31 +130,17 @@ class LCMSolver(_Jumps):
 
     config: LCMConfig
     config_class = LCMConfig
-    header: ClassVar[Mapping[str, Any]] = {"_class_name": "LCMScheduler"}
+    published = ("diffusers", "LCMScheduler")
     implied: ClassVar[Mapping[str, Any]] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "timestep_spacing": "leading",
     }
-    covered: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "beta_schedule": BETAS,
-        "prediction_type": PREDICTIONS,
+    covered: ClassVar[dict[str, tuple[Any, ...]]] = _Jumps.covered | {
         "timestep_spacing": (*SPACINGS, "leading", "linspace", "trailing"),
-        "trained_betas": (None,),
-        "thresholding": (False,),
-        "clip_sample": (False,),
-        "rescale_betas_zero_snr": (False,),
     }
-    idle = frozenset(
-        {
-            "dynamic_thresholding_ratio",
-            "sample_max_value",
-            "clip_sample_range",
-            "set_alpha_to_one",
-            "steps_offset",
-        }
-    )
+    idle = _Jumps.idle | {"set_alpha_to_one"}
 
     def __init__(self, config: LCMConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
@@ -267,33 +182,16 @@ class OneStep(_Jumps):
 
     config: OneStepConfig
     config_class = OneStepConfig
-    header: ClassVar[Mapping[str, Any]] = {
-        "_class_name": "DDPMScheduler",  # which computes the same as its `pred_original_sample`
-        "clip_sample": False,
-    }
-    covered: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "beta_schedule": BETAS,
-        "prediction_type": PREDICTIONS,
-        "trained_betas": (None,),
-        "thresholding": (False,),
-        "clip_sample": (False,),
-        "rescale_betas_zero_snr": (False,),
-    }
-    idle = frozenset(
-        {
-            "dynamic_thresholding_ratio",
-            "sample_max_value",
-            "clip_sample_range",
-            "steps_offset",
-            "timestep_spacing",
-            "variance_type",
-        }
-    )
+    published = ("diffusers", "DDPMScheduler")  # which computes the same as its `pred_original_sample`
+    header: ClassVar[Mapping[str, Any]] = {"clip_sample": False}
+    idle = _Jumps.idle | {"timestep_spacing", "variance_type"}
 
     @classmethod
-    def supports(cls, entries: Mapping[str, Any]) -> bool:
+    def objection(cls, entries: Mapping[str, Any]) -> str:
         """Only files that name the timestep: any other file of a DDPM means many steps."""
-        return "timestep" in entries and super().supports(entries)
+        if "timestep" not in entries:
+            return f"names no timestep for {cls.__name__}"
+        return super().objection(entries)
 
     def set_timesteps(
         self,
@@ -313,17 +211,3 @@ class OneStep(_Jumps):
         if steps != 1:
             raise ValueError(f"this model draws in one step, not {steps}")
         return [self.config.timestep]
-
-
-def _noise(sample: Tensor, generator: Generators) -> Tensor:
-    """float32 from the generator's device, so that a CPU seed means one picture on every device.
-
-    With a list of generators a row gets what it would get alone.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        source = "cpu" if generator is None else generator.device
-        return torch.randn(sample.shape, generator=generator, device=source).to(sample.device)
-    if len(generator) != len(sample):
-        raise ValueError(f"there are {len(generator)} generators for {len(sample)} pictures")
-    rows = [torch.randn((1, *sample.shape[1:]), generator=one, device=one.device) for one in generator]
-    return torch.cat([row.to(sample.device) for row in rows])

@@ -12,48 +12,26 @@ Tables are float64; k counts the kept timesteps of the chain from the cleanest.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pipelines.models.network import read_json
+from pipelines.scheduler_base import Generators, NoiseConfig, Scheduler, noise_schedule, standard_noise
 
 
-@dataclass(frozen=True, kw_only=True)
-class LearnedRangeConfig:
-    """Defaults are those of DiT."""
-
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    prediction_type: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        for name, only in (("beta_schedule", "linear"), ("prediction_type", "epsilon")):
-            if getattr(self, name) != only:
-                raise ValueError(f"{name} must be {only!r}, not {getattr(self, name)!r}")
-        count = self.num_train_timesteps
-        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-            raise ValueError(f"num_train_timesteps must be an integer of 2 or more, not {count!r}")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"betas must rise within 0..1, not from {self.beta_start!r} to {self.beta_end!r}"
-            )
-
-
-class LearnedRangeScheduler:
+class LearnedRangeScheduler(Scheduler):
     """A walk down the chain: `set_timesteps`, then one `step` per timestep, in any order."""
 
-    config_name = "scheduler_config.json"
-    order = 1  # calls of the network per step
-    init_noise_sigma = 1.0
+    config: NoiseConfig
+    config_class = NoiseConfig
+    published = ("pipelines", "LearnedRangeScheduler")
+    covered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "beta_schedule": ("linear",),
+        "prediction_type": ("epsilon",),
+    }
     learned_variance = True  # `step` wants all channels of the network, not only those of the noise
 
     # Tables of the shortened chain, float64, entry k for its timestep k from the cleanest
@@ -63,23 +41,9 @@ class LearnedRangeScheduler:
     posterior_log_variance_clipped: Tensor
     timesteps: Tensor  # int64, those the network is asked for, descending
 
-    def __init__(self, config: LearnedRangeConfig | None = None, **options: Any) -> None:
-        self.config = LearnedRangeConfig(**options) if config is None else config
-        self.denoised: Tensor | None = None  # what the network expects the picture to be, after the last step
+    def __init__(self, config: NoiseConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
         self._keep(range(self.config.num_train_timesteps), device=None)
-
-    @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
-        """Read scheduler_config.json. Raises ValueError when it is missing or holds what is not supported."""
-        path = Path(folder) / cls.config_name
-        entries = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
-        unknown = sorted(entries.keys() - {field.name for field in fields(LearnedRangeConfig)})
-        if unknown:
-            raise ValueError(f"{path} asks for options that this sampler does not have: {', '.join(unknown)}")
-        try:
-            return cls(LearnedRangeConfig(**entries))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def like(cls, scheduler: Any) -> Self:
@@ -87,17 +51,7 @@ class LearnedRangeScheduler:
 
         Raises ValueError where the other's schedule is not one this sampler has.
         """
-        config = scheduler.config
-        names = [field.name for field in fields(LearnedRangeConfig)]
-        if isinstance(config, Mapping):
-            return cls(LearnedRangeConfig(**{name: config[name] for name in names}))
-        return cls(LearnedRangeConfig(**{name: getattr(config, name) for name in names}))
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = {"_class_name": type(self).__name__, **asdict(self.config)}
-        (folder / self.config_name).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        return cls(**noise_schedule(scheduler))
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Shorten the chain to so many timesteps, evenly spread from the first to the last.
@@ -118,11 +72,7 @@ class LearnedRangeScheduler:
 
     def _keep(self, kept: Sequence[int], device: torch.device | str | None) -> None:
         """Lay out the chain that has these ascending timesteps only, and start over."""
-        config = self.config
-        betas = torch.linspace(
-            config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float64
-        )
-        signal = torch.cumprod(1.0 - betas, dim=0)[list(kept)]
+        signal = self.config.signal(torch.float64)[list(kept)]
         before = torch.cat([signal.new_ones(1), signal[:-1]])
         self.betas = 1.0 - signal / before
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
@@ -142,16 +92,12 @@ class LearnedRangeScheduler:
         self.timesteps = torch.tensor(list(kept)[::-1], dtype=torch.int64, device=device)
         self.denoised = None
 
-    def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
-        """The network takes the latents as they are."""
-        return sample
-
     def step(
         self,
         model_output: Tensor,  # (B, 2 C, Y, X): the noise, then the place between the two variances, -1..1
         timestep: Tensor | int,
         sample: Tensor,  # (B, C, Y, X)
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,  # one, or one for each row
+        generator: Generators = None,
         variance_noise: Tensor | None = None,  # (B, C, Y, X) of standard noise, instead of drawing it
         return_dict: bool = True,  # either way the result is a tuple
     ) -> tuple[Tensor]:
@@ -175,19 +121,8 @@ class LearnedRangeScheduler:
         result = self._expected_weights[place] * self.denoised + self._sample_weights[place] * sample
         if place > 0:
             if variance_noise is None:
-                variance_noise = _noise_like(sample, generator)
+                variance_noise = standard_noise(sample.shape, generator, sample.device)
             fraction = (between + 1.0) / 2.0
             log_variance = fraction * self._log_betas[place] + (1.0 - fraction) * self._log_floors[place]
             result = result + (0.5 * log_variance).exp() * variance_noise.to(result)
         return (result,)
-
-
-def _noise_like(sample: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Standard noise, drawn where the generator lives; with a list, each row by its own."""
-    if generator is None or isinstance(generator, torch.Generator):
-        source = "cpu" if generator is None else generator.device
-        return torch.randn(sample.shape, generator=generator, device=source).to(sample)
-    if len(generator) != len(sample):
-        raise ValueError(f"{len(generator)} generators for {len(sample)} rows")
-    rows = [torch.randn(sample.shape[1:], generator=one, device=one.device).to(sample) for one in generator]
-    return torch.stack(rows)

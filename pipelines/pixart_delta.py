@@ -35,6 +35,7 @@ from pipelines.models.hed import EDGES, HED, control_picture, edges, load_hed, r
 from pipelines.models.network import read_json
 from pipelines.models.pixart_control import ControlledPixArt, PixArtControlNet
 from pipelines.pixart_sigma import PixArtSigmaPipeline
+from pipelines.scheduler_base import noise_schedule, settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,11 +56,12 @@ class Distilled:
     steps: int  # that it takes unless told otherwise
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def make(self, config: Any) -> LCMSolver | OneStep:
-        """Its solver on the noise schedule of a stored scheduler's configuration, ours or diffusers'."""
-        stored = config if isinstance(config, Mapping) else vars(config)
+    def make(self, scheduler: Any) -> LCMSolver | OneStep:
+        """Its solver with the stored scheduler's noise schedule and, where it has them, its other options."""
+        stored = settings(scheduler)
         known = {one.name for one in fields(self.solver.config_class)}
-        return self.solver(**{name: stored[name] for name in stored.keys() & known} | dict(self.options))
+        own = {name: stored[name] for name in stored.keys() & known}
+        return self.solver(**own | noise_schedule(scheduler) | dict(self.options))
 
 
 DISTILLED: Mapping[str, Distilled] = {
@@ -128,12 +130,12 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         model_index.json lists it, or does not fit the transformer.
         """
         folder = Path(folder)
-        options = {"torch_dtype": torch_dtype, "device": device}
+        options: dict[str, Any] = {"torch_dtype": torch_dtype, "device": device}
         pipeline = super().from_pretrained(folder, own_parts=own_parts, **options)
         index = read_json(folder / "model_index.json")
         pipeline.family = index["_class_name"]
         # The converter of published weights writes the folder only; it cannot know the index.
-        if index.get("controlnet", [None])[0] is not None or (folder / "controlnet").is_dir():
+        if index.get("controlnet") not in (None, [None, None]) or (folder / "controlnet").is_dir():
             controlnet = components.load(folder / "controlnet", "PixArtControlNet", **options)
             try:
                 pipeline.attach(controlnet)
@@ -237,11 +239,6 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         settled = self._settle(scheduler, num_inference_steps, guidance_scale, max_sequence_length)
         super().check(prompt, timesteps=timesteps, **settled, **options)
         steps = settled["num_inference_steps"] if timesteps is None else len(timesteps)
-        if self.distilled(scheduler) is not None:  # their solvers know what the network never saw
-            walk = self._walk(scheduler)
-            walk.set_timesteps(
-                **({"num_inference_steps": steps} if timesteps is None else {"timesteps": timesteps})
-            )
         check_choice("micro_ratio", micro_ratio, MICRO_RATIOS)
         if micro_ratio == "bin" and self.transformer.config.micro_conditions and self.native_size not in BINS:
             raise ValueError(
@@ -334,7 +331,7 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
             config = self.scheduler.config
             if not LCMSolver.supports(config):  # diffusers' class, with options that ours does not have
                 return super()._walk(name)
-        return row.make(self.scheduler.config)
+        return row.make(self.scheduler)
 
     def _prepare(
         self,
@@ -407,10 +404,10 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         picture = control_picture(self._edges(image, kind, size))
         found = self.vae.encode(picture.to(self.vae.device, self.vae.dtype))[0]
         mean, spread = found.mean.float(), torch.exp(0.5 * found.logvar.float())
-        alone = generator is None or isinstance(generator, torch.Generator)
+        one_for_all = generator is None or isinstance(generator, torch.Generator)
         noise = [
             torch.randn(mean.shape, generator=None if one is None else _offspring(one))
-            for one in ([generator] if alone else generator)
+            for one in ([generator] if one_for_all else generator)
         ]
         latents = mean + spread * torch.cat(noise).to(mean.device)
         return (latents * self.vae.config.scaling_factor).to(self.device, self.transformer.dtype)

@@ -16,8 +16,9 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,20 +39,13 @@ from pipelines.latent_images import (
     check_integer,
 )
 from pipelines.models.pixart import PixArtTransformer2DModel
-
-if TYPE_CHECKING:
-    pass
+from pipelines.scheduler_base import index_entry, noise_schedule
 
 log = logging.getLogger(__name__)
 
 Callback = Callable[["PixArtSigmaPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 NULL_CAPTIONS = ("own", "prompt")
-OWN_SCHEDULERS = {  # class of ours -> the library's, which reads the same file
-    "DPMSolver": "DPMSolverMultistepScheduler",
-    "LCMSolver": "LCMScheduler",
-    "OneStep": "DDPMScheduler",
-}
 
 
 class PixArtSigmaPipeline(LatentImagePipeline):
@@ -87,16 +81,11 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         """Read a diffusers folder.
 
         Raises ValueError naming the file: parts missing, another family, keys or tensors that do not fit,
-        numbers that are not finite.
+        numbers that are not finite, parts that do not fit each other.
         """
         folder = Path(folder)
         classes = components.read_index(folder, cls.families, cls.parts)
-        loaded = {
-            name: components.load(
-                folder / name, classes[name], torch_dtype=torch_dtype, device=device, own=own_parts
-            )
-            for name in cls.parts
-        }
+        loaded = components.load_all(folder, classes, torch_dtype=torch_dtype, device=device, own=own_parts)
         text_width, caption_width = (
             loaded["text_encoder"].config.d_model,
             loaded["transformer"].config.caption_channels,
@@ -191,13 +180,13 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         self.check(**arguments, **more)
         # 2. Words to text states, the unconditional half first
         guided = guidance_scale > 1.0
-        limits = {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length}
+        limits: dict[str, Any] = {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length}
         captions, mask = self._captions(prompt, prompt_embeds, prompt_attention_mask, **limits)
         captions, mask = _repeat(captions, mask, num_images_per_prompt)
         batch = len(captions)
         if guided:
             if null_caption == "prompt" and negative_prompt_embeds is None:
-                empty, empty_mask = self.encode_null(negative_prompt, mask, max_sequence_length)
+                empty, empty_mask = self.encode_null(negative_prompt, mask, **limits)
             else:
                 empty, empty_mask = self._captions(
                     negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, **limits
@@ -205,11 +194,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
                 empty, empty_mask = _repeat(empty, empty_mask, batch // len(empty))
             captions, mask = _stack((empty, empty_mask), (captions, mask))
         # 3. Lay out the schedule, on a copy: runs share nothing
-        walk = self._walk(scheduler)
-        if timesteps is None:
-            walk.set_timesteps(num_inference_steps, device=self.device)
-        else:
-            walk.set_timesteps(timesteps=list(timesteps), device=self.device)
+        walk = self._laid_out(scheduler, num_inference_steps, timesteps)
         # 4. Start from noise, as strong as the schedule begins
         size = self.drawn_size(height, width, use_resolution_binning)
         noise = self.noise(batch, *size, generator) if latents is None else latents
@@ -301,13 +286,10 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         check_integer("max_sequence_length", max_sequence_length, 1, 10_000)
-        if timesteps is not None and (
-            not timesteps or any(later >= earlier for earlier, later in pairwise(timesteps))
-        ):
-            raise ValueError("timesteps must be descending")
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("scheduler", scheduler, self.scheduler_names())
         check_choice("null_caption", null_caption, NULL_CAPTIONS)
+        self._check_walk(scheduler, num_inference_steps, timesteps)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
             raise ValueError(
@@ -323,6 +305,24 @@ class PixArtSigmaPipeline(LatentImagePipeline):
             shape = (batch, self.transformer.config.in_channels, rows, columns)
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
+
+    def _check_walk(self, scheduler: str, num_inference_steps: int, timesteps: Sequence[int] | None) -> None:
+        """Raises ValueError for timesteps that were never trained on, or that this scheduler cannot walk."""
+        if timesteps is not None:
+            most = getattr(self.scheduler.config, "num_train_timesteps", MAX_STEPS) - 1
+            whole = all(isinstance(one, Integral) and 0 <= one <= most for one in timesteps)
+            if not len(timesteps) or not whole or any(b >= a for a, b in pairwise(timesteps)):
+                raise ValueError(f"timesteps must be descending integers from {most} to 0, not {timesteps!r}")
+        if scheduler == schedulers.STORED and getattr(self.scheduler, "learned_variance", False):
+            raise ValueError(
+                f"the stored {type(self.scheduler).__name__} needs the learned variance, which this pipeline "
+                f"leaves; take another scheduler: {', '.join(schedulers.SCHEDULERS)}"
+            )
+        if scheduler != schedulers.STORED:
+            noise_schedule(self.scheduler)
+        # Those of the table may take seconds to import, and have no objections to a number of steps.
+        if timesteps is not None or scheduler not in schedulers.SCHEDULERS:
+            self._laid_out(scheduler, num_inference_steps, timesteps)
 
     def scheduler_names(self) -> tuple[str, ...]:
         """What `scheduler` may be."""
@@ -348,7 +348,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         """
         rows = []
         for text in prompts:
-            cleaned = _clean(text) if clean_caption else text.lower().strip()
+            cleaned = _clean(text, clean_caption)
             ids = self.tokenizer(cleaned, truncation=True, max_length=max_sequence_length).input_ids
             if len(ids) == max_sequence_length and len(
                 self.tokenizer(cleaned, verbose=False).input_ids
@@ -362,7 +362,11 @@ class PixArtSigmaPipeline(LatentImagePipeline):
 
     @torch.inference_mode()
     def encode_null(
-        self, texts: str | list[str], mask: Tensor, max_sequence_length: int = 300
+        self,
+        texts: str | list[str],
+        mask: Tensor,
+        max_sequence_length: int = 300,
+        clean_caption: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Null captions the published way: (B, L, D) and the mask (B, L) of the prompts, which they share.
 
@@ -372,8 +376,8 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         texts = [texts] if isinstance(texts, str) else texts
         device = self.text_encoder.device
         rows = []
-        for index, count in enumerate(mask.sum(1).tolist()):
-            text = texts[index * len(texts) // len(mask)].lower().strip()
+        for index, count in enumerate(mask.bool().sum(1).tolist()):
+            text = _clean(texts[index * len(texts) // len(mask)], clean_caption)
             ids = self.tokenizer(text, truncation=True, max_length=max_sequence_length).input_ids
             padding = [self.tokenizer.pad_token_id] * (count - len(ids))
             ids_1L = torch.tensor([ids + padding], device=device)
@@ -406,13 +410,12 @@ class PixArtSigmaPipeline(LatentImagePipeline):
 
     def _index(self) -> dict[str, tuple[str, str]]:
         """Part -> (library, class), for model_index.json."""
-        scheduler = type(self.scheduler).__name__
         return {
             "tokenizer": ("transformers", "T5Tokenizer"),
             "text_encoder": ("transformers", "T5EncoderModel"),
             "vae": ("diffusers", "AutoencoderKL"),
             "transformer": ("diffusers", "PixArtTransformer2DModel"),
-            "scheduler": ("diffusers", OWN_SCHEDULERS.get(scheduler, scheduler)),
+            "scheduler": index_entry(self.scheduler),
         }
 
     def _walk(self, name: str) -> Any:
@@ -420,6 +423,20 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         if name == schedulers.STORED:
             return copy.deepcopy(self.scheduler)
         return schedulers.make(name, self.scheduler)
+
+    def _laid_out(self, name: str, num_inference_steps: int, timesteps: Sequence[int] | None) -> Any:
+        """The scheduler of this name, its steps chosen. Raises ValueError when it cannot take them."""
+        walk = self._walk(name)
+        if timesteps is None:
+            walk.set_timesteps(num_inference_steps, device=self.device)
+        elif "timesteps" in accepted(walk.set_timesteps, {"timesteps": timesteps}):
+            walk.set_timesteps(timesteps=[int(one) for one in timesteps], device=self.device)
+        else:
+            raise ValueError(
+                f"{type(walk).__name__} cannot be told its timesteps; give num_inference_steps, "
+                "or take another scheduler"
+            )
+        return walk
 
     def _prepare(
         self,
@@ -496,8 +513,14 @@ def _pad_mask(mask: Tensor, length: int) -> Tensor:
     return functional.pad(mask.bool(), (0, length - mask.shape[1]), value=False)
 
 
-def _clean(text: str) -> str:
-    """diffusers' cleaning of captions from the web, twice as it does it. Imports diffusers: seconds."""
+def _clean(text: str, thoroughly: bool) -> str:
+    """As the network was trained to read it.
+
+    `thoroughly` is diffusers' cleaning of captions from the web, twice as it does it. It imports diffusers:
+    seconds.
+    """
+    if not thoroughly:
+        return text.lower().strip()
     from diffusers import PixArtSigmaPipeline as Theirs
     from diffusers.utils import is_bs4_available, is_ftfy_available
 

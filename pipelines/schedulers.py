@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.dpm_solver import DPMSolver
+from pipelines.scheduler_base import noise_schedule
 
 STORED = "default"  # the one that lies in the folder of the weights
-_NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,4 @@ def make(name: str, stored: Any) -> Any:
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(names())}, not {name!r}")
-    config = stored.config
-    noise = {key: config[key] if isinstance(config, Mapping) else getattr(config, key) for key in _NOISE}
-    return SCHEDULERS[name].make(noise)
+    return SCHEDULERS[name].make(noise_schedule(stored))

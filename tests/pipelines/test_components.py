@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipelines import components
+from pipelines.models.autoencoder import AutoencoderKL
 from pipelines.pixart_sigma import PixArtSigmaPipeline
 
 
@@ -37,6 +39,11 @@ def narrow_text(folder: Path) -> None:
     T5EncoderModel(**options).save_pretrained(folder / "text_encoder")
 
 
+def more_latents(folder: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    AutoencoderKL(replace(vae.config, latent_channels=16)).save_pretrained(folder / "vae")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -51,6 +58,7 @@ def narrow_text(folder: Path) -> None:
         (change_index(vae=None), r"lists no vae"),
         (change_index(vae=["os", "system"]), r"vae is a system, which is not supported"),
         (narrow_text, r"the text encoder writes 16 numbers per token, the transformer reads 32"),
+        (more_latents, r"the VAE has 16 latent channels, the transformer draws 4"),
     ],
 )
 def test_a_folder_that_is_not_ours_is_refused(

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipelines import Step
 from pipelines.dit import DiTPipeline
 from pipelines.dpm_solver import DPMSolver
+from pipelines.lcm import LCMSolver, OneStep
 from pipelines.learned_range import LearnedRangeScheduler
 from pipelines.models.autoencoder import AutoencoderKL
 from pipelines.models.dit import DiTTransformer2DModel
@@ -387,6 +388,12 @@ def test_saving_and_loading_draws_the_same(pipeline: DiTPipeline, published: boo
     assert torch.equal(again("red cube", generator=seeded(1)[0], **given).images, expected)
 
 
+@pytest.mark.parametrize("scheduler", [LCMSolver, OneStep, DPMSolver])
+def test_every_scheduler_of_ours_comes_back_from_its_folder(scheduler: Any, tmp_path: Path) -> None:
+    small(scheduler=scheduler()).save_pretrained(tmp_path)
+    assert isinstance(DiTPipeline.from_pretrained(tmp_path).scheduler, scheduler)
+
+
 def test_diffusers_refuses_the_smaller_file_instead_of_filling_it_up(tmp_path: Path) -> None:
     """Handed the network's folder alone it would take random embedders for the missing ones, and draw."""
     from diffusers import DiTPipeline as Theirs
@@ -477,6 +484,18 @@ def test_weights_that_lack_what_is_asked_are_refused() -> None:
     with pytest.raises(ValueError, match="guidance_scale must be 1 or less"):
         small(class_dropout=False).check(0)
     small(class_dropout=False).check(0, guidance_scale=1.0)
+
+
+def test_schedules_that_cannot_be_walked_are_refused_before_any_work() -> None:
+    from diffusers import DDIMScheduler
+
+    with pytest.raises(ValueError, match="distilled on 50 timesteps and cannot take 60"):
+        small(scheduler=LCMSolver()).check(0, num_inference_steps=60)
+    taught = small(scheduler=DDIMScheduler(trained_betas=[0.1] * 1000))
+    taught.check(0)
+    for name in ("learned-range", "dpm++", "euler"):
+        with pytest.raises(ValueError, match="trained_betas, which no other scheduler takes over"):
+            taught.check(0, scheduler=name)
 
 
 def test_an_unknown_argument_is_an_error(pipeline: DiTPipeline) -> None:

@@ -104,3 +104,27 @@ def test_settings_it_cannot_compute_are_left_to_diffusers(options: dict, tmp_pat
     (tmp_path / "scheduler_config.json").write_text(json.dumps(options))
     with pytest.raises(ValueError, match="does not have"):
         DPMSolver.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "continuous"])
+def test_as_many_steps_as_timesteps_are_walked(spacing: str) -> None:
+    """Rounding puts one timestep of `linspace` twice, and diffusers divides by their distance."""
+    solver = DPMSolver(timestep_spacing=spacing, prediction_type="sample")
+    picture = torch.randn(1, 4, 2, 2)
+    solver.set_timesteps(1000)
+    latents = torch.randn(1, 4, 2, 2)
+    for timestep in solver.timesteps:
+        (latents,) = solver.step(picture, timestep, latents)
+    torch.testing.assert_close(latents, picture, rtol=0.02, atol=0.02)  # `continuous` leaves some noise
+
+
+def test_walks_that_lead_nowhere_are_refused() -> None:
+    with pytest.raises(ValueError, match="'leading' takes 1 to 999 steps, not 1000"):
+        DPMSolver(timestep_spacing="leading").set_timesteps(1000)
+    solver, latents = DPMSolver(), torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="call set_timesteps before step"):
+        solver.step(latents, 999, latents)
+    solver.set_timesteps(1)
+    solver.step(latents, 999, latents)
+    with pytest.raises(ValueError, match="once per timestep"):
+        solver.step(latents, 999, latents)

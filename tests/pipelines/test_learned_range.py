@@ -97,7 +97,7 @@ def test_every_row_may_have_its_own_generator() -> None:
     both = scheduler.step(answer, 999, sample, generator=seeded(1, 2))[0]
     second = scheduler.step(answer[1:], 999, sample[1:], generator=seeded(2)[0])[0]
     assert torch.equal(both[1:], second)
-    with pytest.raises(ValueError, match="1 generators for 2 rows"):
+    with pytest.raises(ValueError, match="1 generators for 2 pictures"):
         scheduler.step(answer, 999, sample, generator=seeded(1))
 
 
@@ -118,7 +118,7 @@ def test_it_takes_over_the_noise_schedule_of_others() -> None:
     assert (
         LearnedRangeScheduler.like(theirs).config == started(5, beta_end=0.03, num_train_timesteps=100).config
     )
-    with pytest.raises(ValueError, match="beta_schedule"):
+    with pytest.raises(ValueError, match="beta_schedule must be 'linear', not 'scaled_linear'"):
         LearnedRangeScheduler.like(DDIMScheduler(beta_schedule="scaled_linear"))
 
 
@@ -126,11 +126,8 @@ def test_it_takes_over_the_noise_schedule_of_others() -> None:
     ("changed", "message"),
     [
         ({"clip_sample": True}, "clip_sample"),
-        ({"beta_schedule": "scaled_linear"}, "beta_schedule must be 'linear'"),
-        ({"prediction_type": "v_prediction"}, "prediction_type must be 'epsilon'"),
-        ({"beta_end": 2}, "betas must rise within"),
-        ({"num_train_timesteps": 1}, "num_train_timesteps must be"),
-        ({"beta_start": "low"}, "scheduler_config.json"),
+        ({"beta_schedule": "scaled_linear"}, "does not have: beta_schedule 'scaled_linear'"),
+        ({"prediction_type": "v_prediction"}, "does not have: prediction_type 'v_prediction'"),
     ],
 )
 def test_settings_it_cannot_follow_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
@@ -20,7 +21,7 @@ from pipelines.dpm_solver import DPMSolver
 from pipelines.lcm import LCMSolver, OneStep
 from pipelines.models.hed import HED
 from pipelines.models.pixart import PixArtTransformer2DModel
-from pipelines.models.pixart_control import PixArtControlNet
+from pipelines.models.pixart_control import ControlledPixArt, PixArtControlNet
 from pipelines.pixart_delta import CONTROL_KINDS, PixArtDeltaPipeline, bin_ratio
 from pipelines.pixart_sigma import PixArtSigmaPipeline
 
@@ -324,6 +325,48 @@ def test_picture_n_of_a_controlled_batch_equals_the_single_picture(
         assert relative(batch[row], alone[0]) <= 1e-4  # lcm's first step divides rounding by 0.006
 
 
+@pytest.mark.parametrize("controls", [1, 2])
+@torch.inference_mode()
+def test_guidance_and_control_equal_one_pass_for_each_half_and_picture(
+    steered: PixArtDeltaPipeline, controls: int
+) -> None:
+    """One control for all, and one for each, while guidance doubles the latents."""
+    torch.manual_seed(3)
+    latents, pictures = torch.randn(2, 4, 16, 16), torch.randn(controls, 4, 16, 16)
+    prompts, timestep = ["a red cube", "two small blue cones"], torch.tensor([500])
+    network = ControlledPixArt(steered.transformer, steered.controlnet)
+    captions = [steered.encode([text]) for text in ("", *prompts)]
+
+    def alone(row: int, caption: int) -> Tensor:
+        states, mask = captions[caption]
+        given = {"encoder_attention_mask": mask, "control_latents": pictures[row : row + 1]}
+        if controls == 1:
+            given["control_latents"] = pictures
+        return network(latents[row : row + 1], states, timestep, **given).sample[:, :4]
+
+    halves = steered.encode(["", "", *prompts])
+    text, modulation = network.text_states(*halves), network.modulation(timestep)
+    predict = steered.predictor(text, modulation, 3.0, functools.partial(network, control_latents=pictures))
+    found = predict(latents, 0, timestep)
+    for row in range(2):
+        without, with_text = alone(row, 0), alone(row, 1 + row)
+        assert relative(found[row], (without + 3.0 * (with_text - without))[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("null_caption", ["own", "prompt"])
+def test_control_leaves_the_null_caption_to_each_picture(
+    steered: PixArtDeltaPipeline, null_caption: str
+) -> None:
+    """Negative prompts of other lengths than the prompts, read in both ways."""
+    given: dict[str, Any] = {"num_inference_steps": 3, "null_caption": null_caption, **LATENT}
+    given["control_image"] = photo()
+    prompts, negative = ["a red cube", "two small cones behind a matte sphere"], ["blue", "a big red torus"]
+    batch = steered(prompts, negative, generator=seeded(1, 2), **given).images
+    for row, seed in enumerate((1, 2)):
+        alone = steered(prompts[row], negative[row], generator=seeded(seed)[0], **given).images
+        assert relative(batch[row], alone[0]) <= 1e-4
+
+
 def test_the_sample_of_the_control_follows_the_seed_and_does_not_move_the_noise(
     steered: PixArtDeltaPipeline,
 ) -> None:
@@ -406,7 +449,8 @@ def test_hed_finds_the_edges_where_its_weights_are(tiny_toy_folder: Path, tmp_pa
         ({"scheduler": "lcm", "num_inference_steps": 51}, "distilled on 50 timesteps"),
         ({"scheduler": "one-step", "num_inference_steps": 2}, "draws in one step, not 2"),
         ({"scheduler": "one-step", "timesteps": [400, 100]}, "draws in one step"),
-        ({"scheduler": "lcm", "timesteps": [1000]}, "timesteps must fall"),
+        ({"scheduler": "lcm", "timesteps": [1000]}, "timesteps must be descending integers from 999 to 0"),
+        ({"scheduler": "sa", "timesteps": [999, 3]}, "SASolverScheduler cannot be told its timesteps"),
         ({"guidance_scale": -1.0}, "guidance_scale must be a number"),
         ({"micro_ratio": "nearest"}, "micro_ratio must be one of exact, bin"),
         (
@@ -495,6 +539,31 @@ def test_sigma_folders_stay_sigma(tiny_toy_folder: Path, tmp_path: Path) -> None
     again = PixArtDeltaPipeline.from_pretrained(tmp_path / "again")
     assert again.controlnet is not None
     assert PixArtSigmaPipeline.from_pretrained(tmp_path / "again") is not None
+
+
+@pytest.mark.parametrize("entry", [None, [None, None], "none", ["pipelines", "PixArtControlNet"]])
+def test_the_index_says_whether_there_is_a_control_branch(saved: Path, tmp_path: Path, entry: Any) -> None:
+    shutil.copytree(saved, tmp_path / "alpha")
+    path = tmp_path / "alpha" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"controlnet": entry}))
+    if entry in (None, [None, None]):
+        assert PixArtDeltaPipeline.from_pretrained(tmp_path / "alpha").controlnet is None
+    else:
+        with pytest.raises(ValueError, match="controlnet is missing"):
+            PixArtDeltaPipeline.from_pretrained(tmp_path / "alpha")
+
+
+@pytest.mark.parametrize("options", [{"trained_betas": [0.1] * 1000}, {"rescale_betas_zero_snr": True}])
+def test_a_distilled_walk_does_not_pass_over_what_the_stored_schedule_has(
+    pipeline: PixArtDeltaPipeline, options: dict[str, Any]
+) -> None:
+    from diffusers import LCMScheduler
+
+    parts = [getattr(pipeline, name) for name in PixArtDeltaPipeline.parts[:-1]]
+    other = PixArtDeltaPipeline(*parts, LCMScheduler(**LINEAR | options))
+    other.check("a cube")  # the stored one has it
+    with pytest.raises(ValueError, match=f"{next(iter(options))}, which no other scheduler takes over"):
+        other.check("a cube", scheduler="lcm")
 
 
 def test_other_families_are_refused(tiny_toy_folder: Path, saved: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import Step
+from pipelines.learned_range import LearnedRangeScheduler
 from pipelines.pixart_sigma import PixArtSigmaPipeline
 
 
@@ -122,6 +123,10 @@ def test_cleaning_on_demand_is_that_of_diffusers(pipeline: PixArtSigmaPipeline, 
     cleaned = theirs._text_preprocessing(prompt, clean_caption=True)
     assert cleaned != theirs._text_preprocessing(prompt, clean_caption=False)
     assert torch.equal(pipeline.encode([prompt], clean_caption=True)[0], pipeline.encode(cleaned)[0])
+    mask = torch.ones(1, 30)  # the null caption too, in both ways of reading it
+    null = pipeline.encode_null(prompt, mask, clean_caption=True)[0]
+    assert torch.equal(null, pipeline.encode_null(cleaned, mask)[0])
+    assert not torch.equal(null, pipeline.encode_null(prompt, mask)[0])
 
 
 def test_library_parts_and_ours_draw_the_same(pipeline: PixArtSigmaPipeline, tiny_toy_folder: Path) -> None:
@@ -436,6 +441,11 @@ def test_every_attention_draws_the_same(tiny_toy_folder: Path) -> None:
         ({"generator": seeded(1, 2)}, "2 generators for 1 pictures"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must be \(1, 4, 16, 16\)"),
         ({"timesteps": [10, 20]}, "timesteps must be descending"),
+        ({"timesteps": []}, "timesteps must be descending"),
+        ({"timesteps": [1500, 20]}, "descending integers from 999 to 0, not"),
+        ({"timesteps": [500, -4]}, "descending integers from 999 to 0, not"),
+        ({"timesteps": [999.5, 3]}, "descending integers from 999 to 0, not"),
+        ({"timesteps": [900, 3], "scheduler": "ddim"}, "DDIMScheduler cannot be told its timesteps"),
         ({"output_type": "jpeg"}, "output_type must be one of"),
         ({"max_sequence_length": 0}, "max_sequence_length must be"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "not noise"),
@@ -458,6 +468,20 @@ def test_a_binned_model_takes_any_size_in_its_range(binned: PixArtSigmaPipeline)
         binned.check(prompt="a", height=513)
     with pytest.raises(ValueError, match="multiple of 16"):
         binned.check(prompt="a", height=200, use_resolution_binning=False)
+
+
+def test_a_schedule_that_cannot_be_walked_here_is_refused(tiny_toy_folder: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    pipeline = PixArtSigmaPipeline.from_pretrained(tiny_toy_folder)
+    pipeline.scheduler = LearnedRangeScheduler()
+    with pytest.raises(ValueError, match="needs the learned variance, which this pipeline leaves"):
+        pipeline.check("a cube")
+    pipeline.check("a cube", scheduler="dpm++")
+    pipeline.scheduler = DDIMScheduler(trained_betas=[0.1] * 1000)
+    pipeline.check("a cube")
+    with pytest.raises(ValueError, match="trained_betas, which no other scheduler takes over"):
+        pipeline.check("a cube", scheduler="dpm++")
 
 
 def test_an_unknown_argument_is_an_error(pipeline: PixArtSigmaPipeline) -> None:
