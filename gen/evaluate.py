@@ -61,6 +61,29 @@ DIT_METRICS = (
     Metric(name="class colour", unit="%", note="one object of the right colour"),
     Metric(name="classes", unit="%", note="of the 88, those that come out right more often than not"),
 )
+_COMPARED = ("one object", "two objects", "relation")
+DELTA_METRICS = (
+    *(
+        Metric(name=m.name, unit=m.unit, note=m.note)
+        for m in METRICS
+        if m.name in (*_COMPARED, "three objects", "held-out pairs", "size and material")
+    ),
+    Metric(
+        name="against the teacher",
+        unit="points",
+        gate=-5,
+        note="pixart-sigma:toy at 20 steps taken away; the worst of one object, two objects and relation",
+    ),
+    Metric(
+        name="against few steps",
+        unit="points",
+        gate=15,
+        note="the same, pixart-sigma:toy at as many steps taken away",
+    ),
+    Metric(name="edges", unit="%", note="F1 of the picture's edges against those it had to follow"),
+    Metric(name="edges, free", unit="%", note="the same when it was not told to follow them"),
+    Metric(name="control", unit="x", gate=2, note="the first as a multiple of the second"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +218,7 @@ def _pixart_toy(
 
     steps = steps or 20
     folder = _embedded("pixart-sigma-toy")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = _device(device)
     with explained(folder):
         pipeline = PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=torch.float32, device=chosen)
     judge = load_judge(_embedded("judge-toy"))
@@ -232,7 +255,7 @@ def _dit_toy(
 
     steps = steps or toy_dit.STEPS
     folder = _embedded("dit-toy")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = _device(device)
     with explained(folder):
         pipeline = DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32, device=chosen)
     labels = toy_dit.even_labels(count)
@@ -250,6 +273,62 @@ def _dit_toy(
     }
     table = _table("dit:toy", count, steps, toy_dit.GUIDANCE, DIT_METRICS, values)
     return {**table, "of": "pictures, classes in turn"}
+
+
+def _delta_toy(
+    count: int, steps: int | None, device: str, grid: Path | None, report: Callable[[str], None]
+) -> dict[str, Any]:
+    import torch
+
+    from gen.loader import explained
+    from gen.toy import delta as toy_delta
+    from gen.toy import world
+    from gen.toy.judge import load_judge
+    from gen.toy.render import render
+    from gen.toy.words import describe
+    from pipelines.pixart_delta import PixArtDeltaPipeline
+    from pipelines.pixart_sigma import PixArtSigmaPipeline
+
+    steps = steps or toy_delta.STEPS
+    options = {"torch_dtype": torch.float32, "device": _device(device)}
+    folder, teacher = _embedded("pixart-delta-toy"), _embedded("pixart-sigma-toy")
+    with explained(folder):
+        pipeline = PixArtDeltaPipeline.from_pretrained(folder, **options)
+    with explained(teacher):
+        sigma = PixArtSigmaPipeline.from_pretrained(teacher, **options)
+    judge = load_judge(_embedded("judge-toy"))
+
+    asked = _prompts(count)
+    texts = [p.text for p in asked]
+
+    def marks(pipeline: Any, steps: int, guidance: float) -> tuple[Any, dict[str, float]]:
+        pictures = draw(pipeline, texts, range(count), steps=steps, guidance=guidance, report=report)
+        return pictures, score_pictures(judge, pictures, asked)
+
+    pictures, values = marks(pipeline, steps, 1.0)
+    for name, taken in (("against the teacher", 20), ("against few steps", steps)):
+        _, others = marks(sigma, taken, 4.5)
+        values[name] = min(values[one] - others[one] for one in _COMPARED)
+
+    report("following edges")
+    number = max(16, count // 4)
+    scenes = list(itertools.islice(world.scenes(SEED), number))
+    renders = torch.cat([render(scenes[i : i + 32]) for i in range(0, number, 32)])
+    said = [describe(scene, random.Random(f"edges:{SEED}:{i}")).text for i, scene in enumerate(scenes)]
+    followed = toy_delta.draw_controlled(pipeline, said, renders, steps=steps, report=report)
+    free = toy_delta.draw_controlled(pipeline, said, None, steps=steps, report=report)
+    f1, f1_free = (100 * toy_delta.mean_edge_f1(drawn, renders) for drawn in (followed, free))
+    values |= {"edges": f1, "edges, free": f1_free, "control": f1 / max(f1_free, 1e-9)}
+    if grid:
+        save_grid(pictures[:48], grid, columns=8, labels=texts[:48])
+        toy_delta.save_control_sheet(grid.with_stem(f"{grid.stem}-control"), renders, followed, said)
+    return _table("pixart-delta:toy", count, steps, 1.0, DELTA_METRICS, values)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _table(
@@ -289,6 +368,7 @@ _prompts = prompts
 MEASURES: dict[tuple[str, str | None], Callable[..., dict[str, Any]]] = {
     ("pixart-sigma", "toy"): _pixart_toy,
     ("dit", "toy"): _dit_toy,
+    ("pixart-delta", "toy"): _delta_toy,
 }
 
 

@@ -8,6 +8,7 @@ be stopped and started again at any moment. It starts from the weights that ship
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -16,12 +17,9 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gen.errors import GenError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +124,7 @@ def _pixart_sigma_toy(run: Run) -> None:
     # 1. Scenes: a run that goes on from shipped weights sees new ones
     runs = before.get("runs", 1 if before else 0)
     scenes_seed = SCENES_SEED + runs
-    data.render_shards(
-        work / "scenes",
-        scenes_seed,
-        SCENES,
-        rank=run.rank,
-        world=run.world,
-        device=run.device,
-        report=run.report,
-    )
-    run.together()
+    _render(run, scenes_seed, SCENES)
     pictures, owners = data.load_shards(work / "scenes", SCENES)
 
     # 2. Autoencoder: from nothing, or a better decoder for the shipped one's latents, which stay
@@ -153,16 +142,7 @@ def _pixart_sigma_toy(run: Run) -> None:
         run.together()
     del pictures
     vae = toy_pixart.load_autoencoder(work / "vae").to(run.device)
-    data.encode_shards(
-        work / "scenes",
-        work / "latents",
-        lambda pictures: toy_pixart.encode_pictures(vae, pictures, run.device),
-        SCENES,
-        rank=run.rank,
-        world=run.world,
-        report=run.report,
-    )
-    run.together()
+    _encode(run, lambda pictures: toy_pixart.encode_pictures(vae, pictures, run.device), SCENES)
     latents, owners = data.load_latents(work / "latents", SCENES)
 
     # 3. Text encoder
@@ -210,7 +190,7 @@ def _pixart_sigma_toy(run: Run) -> None:
         seed=9,
         probe_block=PROBE_BLOCK,
         device=run.device,
-        judged=toy_pixart.Sampler(work, run.device) if run.leads else None,
+        judged=toy_pixart.Sampler(work) if run.leads else None,
     )
     facts = fit(
         task,
@@ -288,29 +268,9 @@ def _dit_toy(run: Run) -> None:
     run.together()
 
     # 2. Scenes with one thing, as latents
-    data.render_shards(
-        work / "scenes",
-        scenes_seed,
-        DIT_SCENES,
-        which="all",
-        stream=toy_dit.scenes,
-        rank=run.rank,
-        world=run.world,
-        device=run.device,
-        report=run.report,
-    )
-    run.together()
+    _render(run, scenes_seed, DIT_SCENES, which="all", stream=toy_dit.scenes)
     vae = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32, device=run.device)
-    data.encode_shards(
-        work / "scenes",
-        work / "latents",
-        lambda pictures: toy_pixart.encode_pictures(vae, pictures, run.device),
-        DIT_SCENES,
-        rank=run.rank,
-        world=run.world,
-        report=run.report,
-    )
-    run.together()
+    _encode(run, lambda pictures: toy_pixart.encode_pictures(vae, pictures, run.device), DIT_SCENES)
     latents, owners = data.load_latents(work / "latents", DIT_SCENES)
     scenes = list(itertools.islice(toy_dit.scenes(scenes_seed), len(latents)))
 
@@ -358,6 +318,264 @@ def _dit_toy(run: Run) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------------ pixart-delta:toy
+
+DELTA_SCENES = 24_000
+EDGE_SCENES = 12_000  # of these; finding edges takes longer than drawing a scene
+DELTA_SEED = 20270101
+DISTILLED = {
+    "share": 0.65,
+    "steps": 20_000,  # on two CPU cores the minutes run out first
+    "batch": 64,
+    "lr": 5e-4,
+    "ema": 0.995,
+    "warmup": 50,
+    "cooldown": 0.4,
+    "clip": 0.0,  # the loss is one of absolute errors: its gradients are bounded
+    "mixed": True,
+}
+CONTROL = {
+    "share": 0.35,
+    "steps": 20_000,
+    "batch": 64,
+    "lr": 1e-3,
+    "ema": 0.998,
+    "warmup": 50,
+    "cooldown": 0.5,
+    "mixed": True,
+}
+CONTROL_BLOCKS = 3  # of six: half, as published
+
+
+def _delta_toy(run: Run) -> None:
+    import torch
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    from gen.toy import data, world
+    from gen.toy import delta as toy_delta
+    from gen.toy import pixart as toy_pixart
+    from gen.train import fit
+    from pipelines.models.pixart import PixArtTransformer2DModel
+    from pipelines.models.pixart_control import PixArtControlNet
+    from weights import store
+
+    work = run.work
+    before = read_facts(run.shipped) if run.shipped else {}
+    runs = before.get("runs", 1 if before else 0)
+    scenes_seed = DELTA_SEED + runs  # a run that goes on from shipped weights sees new scenes
+
+    # 1. The teacher, and all but the transformer, copied: what ships may be replaced while this goes on
+    if run.leads and not (work / "teacher").exists():
+        source = store.find("pixart-sigma-toy")
+        if source is None:
+            raise GenError(
+                "pixart-delta:toy is distilled from pixart-sigma:toy, which is not here.",
+                hint="Train it first: gen train pixart-sigma:toy",
+                code="not_installed",
+            )
+        for part in ("vae", "text_encoder", "tokenizer"):
+            shutil.copytree(source / part, work / part, dirs_exist_ok=True)
+        building = work / f".teacher.{os.getpid()}"
+        shutil.copytree(source / "transformer", building)
+        building.rename(work / "teacher")
+    run.together()
+
+    # 2. Scenes, as latents; and the latents of their edges
+    _render(run, scenes_seed, DELTA_SCENES)
+    vae = toy_pixart.load_autoencoder(work / "vae").to(run.device)
+    _encode(run, lambda pictures: toy_pixart.encode_pictures(vae, pictures, run.device), DELTA_SCENES)
+    latents, _ = data.load_latents(work / "latents", DELTA_SCENES)
+    scenes = list(itertools.islice(world.scenes(scenes_seed), len(latents)))
+    captions = toy_pixart.Captions(
+        T5EncoderModel.from_pretrained(work / "text_encoder", torch_dtype=torch.float32),
+        T5Tokenizer.from_pretrained(work / "tokenizer"),
+        scenes,
+        empty=0.05,
+        device=run.device,
+    )
+
+    # 3. The student
+    def network(folder: Path) -> PixArtTransformer2DModel:
+        return PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+
+    task = toy_delta.DistillTask(
+        network(work / "teacher"),
+        captions,
+        latents,
+        seed=13,
+        student=network(run.shipped / "transformer") if run.shipped else None,
+        device=run.device,
+        judged=toy_pixart.Sampler(work, build=toy_delta.assemble, steps=toy_delta.STEPS, guidance=1.0)
+        if run.leads
+        else None,
+    )
+    minutes = DISTILLED["share"] * run.minutes
+    facts = fit(task, _schedule(DISTILLED), work, resume=run.resume, minutes=minutes, report=run.report)
+    student = task.module["student"]
+
+    # 4. Its control branch
+    _encode(run, lambda pictures: toy_delta.encode_edges(vae, pictures, run.device), EDGE_SCENES, "edges")
+    edge_latents, _ = data.load_latents(work / "edges", EDGE_SCENES)
+    if run.shipped:
+        control = PixArtControlNet.from_pretrained(run.shipped / "controlnet", torch_dtype=torch.float32)
+    else:
+        control = PixArtControlNet.from_transformer(student, CONTROL_BLOCKS)
+    held_out = list(itertools.islice(world.scenes(scenes_seed, start=DELTA_SCENES), 12))
+    branch = toy_delta.ControlTask(
+        student,
+        control,
+        captions,
+        latents[: len(edge_latents)],
+        edge_latents,
+        seed=15,
+        device=run.device,
+        judged=toy_delta.ControlSampler(student, work, held_out) if run.leads else None,
+    )
+    minutes = CONTROL["share"] * run.minutes
+    more = fit(branch, _schedule(CONTROL), work, resume=run.resume, minutes=minutes, report=run.report)
+    if run.leads:
+        toy_delta.export(
+            student,
+            control,
+            work,
+            run.output,
+            {
+                **_origin(run),
+                "seed": {"scenes": scenes_seed, "transformer": 13, "control": 15},
+                "steps": facts["step"] + before.get("steps", 0),
+                "images_seen": facts["images"] + before.get("images_seen", 0),
+                "control_steps": more["step"] + before.get("control_steps", 0),
+                "control_images_seen": more["images"] + before.get("control_images_seen", 0),
+                "network": {**NETWORK, "control_blocks": CONTROL_BLOCKS},
+                "runs": runs + 1,
+            },
+        )
+
+
+# ----------------------------------------------------------------------------------------------- dit-3d:toy
+
+CLOUD_SHAPES = 9_000
+CLOUD_SEED = 20270301
+DIT3D = {
+    "steps": 60_000,  # on two CPU cores the minutes run out first
+    "batch": 64,
+    "lr": 2e-3,
+    "ema": 0.998,
+    "warmup": 100,
+    "cooldown": 0.5,
+    "mixed": True,
+}
+
+
+def _clouds(run: Run, seed: int, count: int) -> None:
+    """Shapes 0..count-1 of this seed as clouds of points, in the folder `shapes`."""
+    from gen.toy import data
+    from gen.toy import dit3d as toy_dit3d
+
+    place = {"rank": run.rank, "world": run.world, "report": run.report}
+    sample = functools.partial(toy_dit3d.sample_shard, seed)
+    data.write_shards(run.work / "shapes", count, sample, verb="sampled", **place)
+    run.together()
+
+
+def _dit3d_toy(run: Run) -> None:
+    import torch
+
+    from gen.toy import dit3d as toy_dit3d
+    from gen.train import fit
+    from pipelines.models.dit import DiTTransformer2DModel
+    from pipelines.models.dit3d import DiT3DModel
+    from weights import store
+
+    work = run.work
+    before = read_facts(run.shipped) if run.shipped else {}
+    runs = before.get("runs", 1 if before else 0)
+    seed = CLOUD_SEED + runs  # a run that goes on from shipped weights sees new shapes
+    # What a fresh run starts from, copied: what ships may be replaced while this goes on
+    if run.leads and not run.shipped and run.resume and not (work / "dit").exists():
+        source = store.find("dit-toy")
+        if source is not None:
+            building = work / f".dit.{os.getpid()}"
+            shutil.copytree(source / "transformer", building)
+            building.rename(work / "dit")
+    _clouds(run, seed, CLOUD_SHAPES)
+    points, _, labels = toy_dit3d.load_shards(work / "shapes", CLOUD_SHAPES)
+
+    torch.manual_seed(17)
+    transformer = DiT3DModel(**toy_dit3d.transformer_config(**DIT_NETWORK))
+    toy_dit3d.initialise(transformer)
+    start, normalisation = "nothing", None
+    if run.shipped:
+        start = "dit-3d-toy"
+        transformer, normalisation = toy_dit3d.load_shipped(run.shipped)
+    elif (work / "dit").exists():
+        start = "dit-toy"
+        transformer.take_blocks(
+            DiTTransformer2DModel.from_pretrained(work / "dit", torch_dtype=torch.float32)
+        )
+    task = toy_dit3d.CloudTask(
+        transformer, points, labels, seed=17, normalisation=normalisation, device=run.device
+    )
+    if run.leads:
+        task.judged = toy_dit3d.Sampler(task.normalisation)
+    facts = fit(task, _schedule(DIT3D), work, resume=run.resume, minutes=run.minutes, report=run.report)
+    if run.leads:
+        toy_dit3d.export(
+            task.module,
+            task.normalisation,
+            run.output,
+            {
+                **_origin(run),
+                "start": before.get("start", start),
+                "seed": {"shapes": seed, "transformer": 17},
+                "steps": facts["step"] + before.get("steps", 0),
+                "clouds_seen": facts["images"] + before.get("clouds_seen", 0),
+                "network": DIT_NETWORK,
+                "runs": runs + 1,
+            },
+        )
+
+
+CLOUD_JUDGE = {
+    "steps": 3_000,
+    "batch": 32,
+    "lr": 3e-3,
+    "ema": 0.99,
+    "warmup": 50,
+    "cooldown": 0.6,
+    "mixed": True,
+}
+
+
+def _cloud_judge_toy(run: Run) -> None:
+    from gen.toy import cloud_judge
+    from gen.toy import dit3d as toy_dit3d
+    from gen.train import fit
+    from weights import store
+
+    before = read_facts(run.shipped) if run.shipped else {}
+    _clouds(run, 777, 4_000)
+    points, parts, labels = toy_dit3d.load_shards(run.work / "shapes", 4_000)
+    task = cloud_judge.CloudJudgeTask(points, parts, labels, seed=19, device=run.device)
+    if run.shipped:
+        task.module.load_state_dict(cloud_judge.load_judge(run.shipped).state_dict())
+    facts = fit(
+        task, _schedule(CLOUD_JUDGE), run.work, resume=run.resume, minutes=run.minutes, report=run.report
+    )
+    if run.leads:
+        found = task.evaluate(run.work)
+        run.report("judge of clouds: " + ", ".join(f"{k} {v:.2%}" for k, v in found.items()))
+        quality = {
+            **_origin(run),
+            "seed": 19,
+            "steps": facts["step"] + before.get("steps", 0),
+            "clouds_seen": facts["images"] + before.get("clouds_seen", 0),
+            "quality": found,
+        }
+        cloud_judge.save_judge(task.module, run.output, quality)
+        store.write_sums(run.output)
+
+
 # ----------------------------------------------------------------------------------------------- judge:toy
 
 JUDGE_SCENES = 20_000
@@ -378,17 +596,7 @@ def _judge_toy(run: Run) -> None:
     from weights import store
 
     before = read_facts(run.shipped) if run.shipped else {}
-    data.render_shards(
-        run.work / "scenes",
-        777,
-        JUDGE_SCENES,
-        which="all",
-        rank=run.rank,
-        world=run.world,
-        device=run.device,
-        report=run.report,
-    )
-    run.together()
+    _render(run, 777, JUDGE_SCENES, which="all")
     pictures, _ = data.load_shards(run.work / "scenes", JUDGE_SCENES)
     scenes = list(itertools.islice(world.scenes(777, which="all"), len(pictures)))
     task = judge.JudgeTask(pictures, scenes, seed=7, device=run.device)
@@ -410,6 +618,27 @@ def _judge_toy(run: Run) -> None:
             },
         )
         store.write_sums(run.output)
+
+
+# ---------------------------------------------------------------------------------------------- shared stages
+
+
+def _render(run: Run, seed: int, count: int, **more: Any) -> None:
+    """Scenes 0..count-1 of this seed, in the folder `scenes`."""
+    from gen.toy import data
+
+    place = {"rank": run.rank, "world": run.world, "device": run.device, "report": run.report}
+    data.render_shards(run.work / "scenes", seed, count, **place, **more)
+    run.together()
+
+
+def _encode(run: Run, encode: Callable[[Any], Any], count: int, folder: str = "latents") -> None:
+    """What `encode` makes of the pictures of scenes 0..count-1, in a folder beside."""
+    from gen.toy import data
+
+    place = {"rank": run.rank, "world": run.world, "report": run.report}
+    data.encode_shards(run.work / "scenes", run.work / folder, encode, count, **place)
+    run.together()
 
 
 # --------------------------------------------------------------------------------------------------- records
@@ -444,6 +673,27 @@ RECIPES = {
             run=_dit_toy,
             minutes=25,
             ships="dit-toy",
+        ),
+        Recipe(
+            name="pixart-delta:toy",
+            summary="pixart-sigma:toy in four steps, and a branch that follows edges",
+            run=_delta_toy,
+            minutes=75,
+            ships="pixart-delta-toy",
+        ),
+        Recipe(
+            name="dit-3d:toy",
+            summary="a class to a cloud of points: six families of shapes",
+            run=_dit3d_toy,
+            minutes=60,
+            ships="dit-3d-toy",
+        ),
+        Recipe(
+            name="cloud-judge:toy",
+            summary="reads the family and the parts of clouds of points",
+            run=_cloud_judge_toy,
+            minutes=4,
+            ships="cloud-judge-toy",
         ),
         Recipe(
             name="judge:toy", summary="reads toy pictures back", run=_judge_toy, minutes=15, ships="judge-toy"

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,6 +40,30 @@ def shard_path(folder: Path, start: int) -> Path:
     return folder / f"{start:07d}.safetensors"
 
 
+def write_shards(
+    folder: Path,
+    count: int,
+    make: Callable[[int], dict[str, torch.Tensor]],  # from the start of a shard to what it holds
+    *,
+    verb: str,
+    rank: int = 0,
+    world: int = 1,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Make what is missing of the shards of samples 0..count-1; `rank` of `world` processes takes every
+    world-th one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = _share(folder, count, rank, world)
+    began = time.monotonic()
+    for done, start in enumerate(todo, 1):
+        temporary = folder / f".{start:07d}.{os.getpid()}"
+        save_file(make(start), temporary)
+        temporary.replace(shard_path(folder, start))
+        rate = done * SHARD / (time.monotonic() - began)
+        left = (len(todo) - done) * SHARD / rate
+        report(f"{verb} {done * SHARD}/{len(todo) * SHARD} scenes, {rate:.0f}/s, {left:.0f} s left")
+
+
 def render_shards(
     folder: Path,
     seed: int,
@@ -46,29 +71,22 @@ def render_shards(
     *,
     which: str = "seen",
     stream: Callable[..., Iterator[Scene]] = scene_stream,  # takes the seed, start and which
-    rank: int = 0,
-    world: int = 1,
     device: torch.device | str = "cpu",
-    report: Callable[[str], None] = print,
+    **share: Any,  # rank, world, report: see write_shards
 ) -> None:
-    """Render what is missing of scenes 0..count-1 into shards; `rank` of `world` processes takes every
-    world-th shard."""
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = _share(folder, count, rank, world)
-    began, batch = time.monotonic(), 32 if str(device) == "cpu" else 500
-    for done, start in enumerate(todo, 1):
+    """Render what is missing of scenes 0..count-1 into shards."""
+    batch = 32 if str(device) == "cpu" else 500
+
+    def make(start: int) -> dict[str, torch.Tensor]:
         shard = itertools.islice(stream(seed, start=start, which=which), SHARD)
         images, owners = [], []
         while chunk := list(itertools.islice(shard, batch)):
             picture, owner = render(chunk, device=device, return_owner=True)
             images.append((picture * 255).round().to("cpu", torch.uint8))
             owners.append(patch_owners(owner).cpu())
-        temporary = folder / f".{start:07d}.{os.getpid()}"
-        save_file({"images": torch.cat(images), "owners": torch.cat(owners)}, temporary)
-        temporary.replace(shard_path(folder, start))
-        rate = done * SHARD / (time.monotonic() - began)
-        left = (len(todo) - done) * SHARD / rate
-        report(f"rendered {done * SHARD}/{len(todo) * SHARD} scenes, {rate:.0f}/s, {left:.0f} s left")
+        return {"images": torch.cat(images), "owners": torch.cat(owners)}
+
+    write_shards(folder, count, make, verb="rendered", **share)
 
 
 def load_shards(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,21 +103,15 @@ def encode_shards(
     latents: Path,
     encode: Callable[[torch.Tensor], torch.Tensor],
     count: int,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    report: Callable[[str], None] = print,
+    **share: Any,  # rank, world, report: see write_shards
 ) -> None:
-    """What is missing of the latents of scenes 0..count-1, from their pictures; shares work as
-    `render_shards`."""
-    latents.mkdir(parents=True, exist_ok=True)
-    todo = _share(latents, count, rank, world)
-    for done, start in enumerate(todo, 1):
+    """What is missing of the latents of scenes 0..count-1, from their pictures."""
+
+    def make(start: int) -> dict[str, torch.Tensor]:
         shard = load_file(shard_path(scenes, start))
-        temporary = latents / f".{start:07d}.{os.getpid()}"
-        save_file({"latents": encode(shard["images"]), "owners": shard["owners"]}, temporary)
-        temporary.replace(shard_path(latents, start))
-        report(f"encoded {done * SHARD}/{len(todo) * SHARD} scenes")
+        return {"latents": encode(shard["images"]), "owners": shard["owners"]}
+
+    write_shards(latents, count, make, verb="encoded", **share)
 
 
 def load_latents(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:

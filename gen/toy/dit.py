@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,19 @@ from torch.nn.utils import parametrize
 
 from gen.optim import MuonAdamW, split_parameters
 from gen.toy import words, world
+from gen.toy.denoising import (
+    BETAS,
+    NoiseLevels,
+    WithProbe,
+    draw_times,
+    patch_labels,
+    plain_attention,
+    probe_loss,
+    seeded_generator,
+)
 from gen.toy.judge import Judge, read
-from gen.toy.pixart import BETAS, _WithProbe, patch_labels, seeded_generator
+from gen.toy.pixart import finish_folder, start_folder
 from gen.toy.world import COLOURS, SHAPES, Scene, Thing
-from pipelines.attention import set_attention
 from pipelines.dit import DiTPipeline
 from pipelines.dpm_solver import DPMSolver
 from pipelines.models.autoencoder import AutoencoderKL
@@ -181,18 +189,12 @@ class ClassTask:
         self.device = device
         embedding = transformer.class_embedder.embedding_table
         parametrize.register_parametrization(embedding, "weight", _SumOfParts(embedding.weight, spread))
-        self.module = _WithProbe(transformer, probe_block)
-        # A DiT's norm1 sees the condition, not the tokens: those enter the block itself, and later
-        transformer.transformer_blocks[probe_block + 1].register_forward_pre_hook(self.module._keep)
-        self.module.to(device)
-        if torch.device(device).type == "cpu":  # for the reason given in TransformerTask of gen.toy.pixart
-            set_attention(transformer, "math")
+        self.module = WithProbe(transformer, probe_block).to(device)
+        plain_attention(device, transformer)
         self.latents = latents.to(device)
         self.labels = torch.tensor([class_of(scene.things[0]) for scene in scenes[: len(latents)]])
         self.patches = patch_labels(owners, scenes).to(device)
-        betas = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], 1000, dtype=torch.float64)
-        alphas = torch.cumprod(1 - betas, 0)
-        self.alpha, self.sigma = alphas.sqrt().float().to(device), (1 - alphas).sqrt().float().to(device)
+        self.levels = NoiseLevels(device)
         self.judged, self.seed = judged, seed
         self.seed_data("")
 
@@ -212,35 +214,18 @@ class ClassTask:
         rng = self.rng
         picks = torch.randint(len(self.latents), (batch,), generator=rng)
         labels = self.draw_labels(picks).to(self.device)
-        # times as in TransformerTask of gen.toy.pixart
-        middle = (torch.randn(batch, generator=rng) - 0.8).sigmoid()
-        anywhere = torch.rand(batch, generator=rng)
-        times = torch.where(torch.rand(batch, generator=rng) < 0.5, middle, anywhere)
-        t = (times * 1000).long().clamp(0, 999).to(self.device)
+        t = draw_times(batch, rng).to(self.device)
         picks = picks.to(self.device)
         x = self.latents[picks].float()
         noise = torch.randn(x.shape, generator=rng).to(self.device)
-        alpha, sigma = self.alpha[t, None, None, None], self.sigma[t, None, None, None]
-        velocity = alpha * noise - sigma * x
-        out = self.module.transformer(alpha * x + sigma * noise, timestep=t, class_labels=labels).sample
-        error = (out - velocity).square().mean()
+        noisy = self.levels.add(x, noise, t)
+        out = self.module.transformer(noisy, timestep=t, class_labels=labels).sample
+        error = (out - self.levels.velocity(x, noise, t)).square().mean()
         probe = probe_loss(self.module.probe(self.module.tokens), self.patches[picks])
         return error + 0.15 * (1 - 0.8 * progress) * probe, {"v": error.detach(), "probe": probe.detach()}
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         return self.judged(self.module.transformer, folder) if self.judged else {}
-
-
-def probe_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of shape and colour per patch, (B, N, shapes + 1 + colours + 1) against (B, N, 2); ground
-    counts a fifth."""
-    shapes, colours = logits.split([len(SHAPES) + 1, len(COLOURS) + 1], dim=-1)
-    weight = torch.where(labels[..., 0] < len(SHAPES), 1.0, 0.2).flatten()
-    total = sum(
-        F.cross_entropy(part.flatten(0, 1), truth.flatten(), reduction="none")
-        for part, truth in zip((shapes, colours), labels.unbind(-1), strict=True)
-    )
-    return (total * weight).sum() / weight.sum()
 
 
 # --------------------------------------------------------------------------------------------------- measures
@@ -372,17 +357,8 @@ def export(transformer: DiTTransformer2DModel, work: Path, output: Path, facts: 
     Only we read the transformer: diffusers would take other frequencies for the timestep, and 1000 for the
     label of no class.
     """
-    from weights import store
-
-    building = output.with_name(f".{output.name}.building")
-    if building.exists():
-        shutil.rmtree(building)
+    building = start_folder(output)
     pipeline = assemble(plain(transformer), work)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(building, published=False)
-    (building / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
-    store.write_sums(building)
-    if output.exists():
-        shutil.rmtree(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building.rename(output)
+    finish_folder(building, output, facts)

@@ -15,6 +15,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,14 +24,18 @@ from torch.nn import functional as F
 
 from gen.optim import MuonAdamW, split_parameters
 from gen.toy import words, world
+from gen.toy.denoising import (
+    BETAS,
+    NoiseLevels,
+    WithProbe,
+    draw_times,
+    patch_labels,
+    plain_attention,
+    probe_loss,
+    seeded_generator,
+)
 from gen.toy.words import Caption, describe
 from gen.toy.world import BACKGROUNDS, COLOURS, MATERIALS, SHAPES, SIZES, Scene
-from pipelines.attention import set_attention
-
-
-def seeded_generator(key: str) -> torch.Generator:
-    return torch.Generator().manual_seed(random.Random(key).getrandbits(63))
-
 
 # -------------------------------------------------------------------------------------------------- tokenizer
 
@@ -375,8 +380,6 @@ def encode_pictures(
 
 # ------------------------------------------------------------------------------------------------ transformer
 
-BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-
 
 def transformer_config(layers: int, heads: int, head_dim: int, caption_channels: int) -> dict:
     """PixArt over 16 x 16 latents, patch 2: 64 tokens."""
@@ -413,22 +416,58 @@ def initialise(transformer: nn.Module) -> None:
             p[5].fill_(0.3)
 
 
-class _WithProbe(nn.Module):
-    """The transformer, and a probe on the tokens after one of its blocks that names shape and colour per
-    patch."""
+class Captions:
+    """What the frozen text encoder makes of captions of scenes: a fresh one each time, some of them empty."""
 
-    def __init__(self, transformer: nn.Module, block: int) -> None:
-        super().__init__()
-        self.transformer = transformer
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        self.probe = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(SHAPES) + 1 + len(COLOURS) + 1))
-        self.tokens: torch.Tensor | None = None
-        # what enters the next block's first norm is what this block leaves
-        transformer.transformer_blocks[block + 1].norm1.register_forward_pre_hook(self._keep)
+    def __init__(
+        self,
+        text_encoder: nn.Module,
+        tokenizer,
+        scenes: Sequence[Scene],
+        *,
+        empty: float,  # share of captions
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.scenes, self.empty, self.device = tokenizer, scenes, empty, device
+        self.seed("")
 
-    def _keep(self, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        if self.training:
-            self.tokens = inputs[0]
+    def seed(self, key: str) -> None:
+        self.random = random.Random(key)
+
+    def draw(self, picks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (B, L, D) and mask (B, L) for scenes `picks`."""
+        return self.encode(
+            [
+                "" if self.random.random() < self.empty else describe(self.scenes[i], self.random).text
+                for i in picks
+            ]
+        )
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = tokenize(self.tokenizer, texts, self.device)
+        return self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+
+def predict(
+    transformer: Callable[..., tuple[torch.Tensor]],
+    noisy: torch.Tensor,
+    t: torch.Tensor,
+    states: torch.Tensor,
+    mask: torch.Tensor,
+    **more: torch.Tensor,
+) -> torch.Tensor:
+    """The velocity (B, 4, Y, X) that a PixArt sees in `noisy`; its other four channels mean nothing."""
+    return transformer(
+        noisy,
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        timestep=t,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+        **more,
+    )[0][:, :4]
 
 
 class TransformerTask:
@@ -452,22 +491,18 @@ class TransformerTask:
         judged: Callable[[nn.Module, Path], dict[str, float]] | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self.tokenizer, self.device, self.scenes = tokenizer, device, scenes
-        self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
-        self.module = _WithProbe(transformer, probe_block).to(device)
-        if torch.device(device).type == "cpu":
-            # in bfloat16 the fused attention's backward takes six times as long there as the plain one's
-            set_attention(transformer, "math")
+        self.device = device
+        self.captions = Captions(text_encoder, tokenizer, scenes, empty=0.1, device=device)
+        self.module = WithProbe(transformer, probe_block).to(device)
+        plain_attention(device, transformer)
         self.latents = latents.to(device)
         self.patches = patch_labels(owners, scenes).to(device)
-        betas = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], 1000, dtype=torch.float64)
-        alphas = torch.cumprod(1 - betas, 0)
-        self.alpha, self.sigma = alphas.sqrt().float().to(device), (1 - alphas).sqrt().float().to(device)
+        self.levels = NoiseLevels(device)
         self.judged, self.seed = judged, seed
         self.seed_data("")
 
     def seed_data(self, key: str) -> None:
-        self.random = random.Random(f"transformer:{self.seed}:{key}")
+        self.captions.seed(f"transformer:{self.seed}:{key}")
         self.rng = seeded_generator(f"transformer:{self.seed}:{key}")
 
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
@@ -477,83 +512,47 @@ class TransformerTask:
     def loss(self, batch: int, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rng = self.rng
         picks = torch.randint(len(self.latents), (batch,), generator=rng)
-        texts = [
-            "" if self.random.random() < 0.1 else describe(self.scenes[i], self.random).text
-            for i in picks.tolist()
-        ]
-        ids, mask = tokenize(self.tokenizer, texts, self.device)
-        with torch.no_grad():
-            states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        states, mask = self.captions.draw(picks.tolist())
         picks = picks.to(self.device)
         x = self.latents[picks].float()
-        # half the times uniform, half where signal and noise are about as strong: there shapes are decided,
-        # the slowest thing to learn (layout and colour are decided earlier, and learned soon)
-        middle = (torch.randn(batch, generator=rng) - 0.8).sigmoid()
-        anywhere = torch.rand(batch, generator=rng)
-        t = (
-            (torch.where(torch.rand(batch, generator=rng) < 0.5, middle, anywhere) * 1000)
-            .long()
-            .clamp(0, 999)
-            .to(self.device)
-        )
+        t = draw_times(batch, rng).to(self.device)
         noise = torch.randn(x.shape, generator=rng).to(self.device)
-        alpha, sigma = self.alpha[t, None, None, None], self.sigma[t, None, None, None]
-        velocity = alpha * noise - sigma * x
-        out = self.module.transformer(
-            alpha * x + sigma * noise,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            timestep=t,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )[0][:, :4]
-        error = (out - velocity).square().mean()
-        logits = self.module.probe(self.module.tokens)
-        labels = self.patches[picks]
-        named = torch.where(labels[..., 0] < len(SHAPES), 1.0, 0.2)
-        shape = F.cross_entropy(
-            logits[..., : len(SHAPES) + 1].flatten(0, 1), labels[..., 0].flatten(), reduction="none"
-        )
-        colour = F.cross_entropy(
-            logits[..., len(SHAPES) + 1 :].flatten(0, 1), labels[..., 1].flatten(), reduction="none"
-        )
-        probe = ((shape + colour) * named.flatten()).sum() / named.sum()
+        out = predict(self.module.transformer, self.levels.add(x, noise, t), t, states, mask)
+        error = (out - self.levels.velocity(x, noise, t)).square().mean()
+        probe = probe_loss(self.module.probe(self.module.tokens), self.patches[picks])
         return error + 0.15 * (1 - 0.8 * progress) * probe, {"v": error.detach(), "probe": probe.detach()}
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         return self.judged(self.module.transformer, folder) if self.judged else {}
 
 
-def patch_labels(owners: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
-    """(N, 8, 8) owners -> (N, 64, 2) int64: shape and colour seen in each patch, one past the last for
-    ground."""
-    table = torch.full((len(owners), 4, 2), 0)
-    table[:, 3] = torch.tensor([len(SHAPES), len(COLOURS)])  # owner -1 reads the last row
-    for i, scene in enumerate(scenes[: len(owners)]):
-        for k, thing in enumerate(scene.things):
-            table[i, k] = torch.tensor([SHAPES.index(thing.shape), COLOURS.index(thing.colour)])
-    index = owners.long().flatten(1) % 4
-    return table.gather(1, index[..., None].expand(-1, -1, 2))
-
-
 class Sampler:
     """What the transformer draws while it is trained: a sheet of fixed prompts, and their marks when
-    there is a judge."""
+    there is a judge. `build` makes a pipeline of the transformer and the run's other parts."""
 
-    def __init__(self, work: Path, device: torch.device | str, count: int = 64) -> None:
+    def __init__(
+        self,
+        work: Path,
+        count: int = 64,
+        *,
+        build: Callable[[nn.Module, Path], Any] | None = None,
+        steps: int = 20,
+        guidance: float = 4.5,
+    ) -> None:
         from weights import store
 
-        self.work, self.device = work, device
-        self.count = count
+        self.work, self.count, self.build = work, count, build or assemble
+        self.options = {"steps": steps, "guidance": guidance}
         self.judge_folder = store.find("judge-toy")
 
     def __call__(self, transformer: nn.Module, folder: Path) -> dict[str, float]:
         from gen import evaluate
         from gen.toy.judge import load_judge
 
-        pipeline = assemble(transformer, self.work)
+        pipeline = self.build(transformer, self.work)
         asked = evaluate.prompts(self.count)
-        pictures = evaluate.draw(pipeline, [p.text for p in asked], range(self.count), batch=32)
+        texts = [p.text for p in asked]
+        pictures = evaluate.draw(pipeline, texts, range(self.count), batch=32, **self.options)
         evaluate.save_grid(pictures[:32], folder / "samples.png", columns=8)
         if self.judge_folder is None:
             return {}
@@ -616,20 +615,33 @@ def text_slots(folder: Path, device: torch.device | str = "cpu") -> float:
 
 def export(transformer: nn.Module, work: Path, output: Path, facts: dict) -> None:
     """The run's parts as one diffusers folder in fp16, with its record (toy.json) and checksums."""
-    from weights import store
-
-    building = output.with_name(f".{output.name}.building")
-    if building.exists():
-        shutil.rmtree(building)
+    building = start_folder(output)
     pipeline = assemble(transformer, work)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(building)
-    # diffusers notes where it read a part: a path of this machine
-    _change_json(building / "vae" / "config.json", _name_or_path=None)
-    # Where no dtype is asked for, transformers takes the stored one and diffusers float32; they must agree
-    _change_json(building / "text_encoder" / "config.json", dtype="float32")
     probe = {k: v.half() for k, v in load_file(work / TEXT_PROBE).items()}
     save_file(probe, building / TEXT_PROBE)
+    finish_folder(building, output, facts)
+
+
+def start_folder(output: Path) -> Path:
+    """Where to build what becomes `output` when it is whole."""
+    building = output.with_name(f".{output.name}.building")
+    if building.exists():
+        shutil.rmtree(building)
+    return building
+
+
+def finish_folder(building: Path, output: Path, facts: dict) -> None:
+    """Add the record (toy.json) and checksums to a saved pipeline, and put it in its place."""
+    from weights import store
+
+    # diffusers notes where it read a part: a path of this machine
+    if (building / "vae").is_dir():
+        _change_json(building / "vae" / "config.json", _name_or_path=None)
+    # Where no dtype is asked for, transformers takes the stored one and diffusers float32; they must agree
+    if (building / "text_encoder").is_dir():
+        _change_json(building / "text_encoder" / "config.json", dtype="float32")
     (building / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
     store.write_sums(building)
     if output.exists():
