@@ -50,6 +50,7 @@ PARTS: Mapping[str, Part] = {
     "Transformer2DModel": _PIXART,  # what it was called when the checkpoints were published
     "PixArtControlNet": Part(ours="pipelines.models.pixart_control:PixArtControlNet"),
     "DiTTransformer2DModel": Part(ours="pipelines.models.dit:DiTTransformer2DModel"),
+    "DiT3DModel": Part(ours="pipelines.models.dit3d:DiT3DModel"),
     "AutoencoderKL": Part(
         ours="pipelines.models.autoencoder:AutoencoderKL", theirs="diffusers:AutoencoderKL"
     ),
@@ -64,6 +65,9 @@ PARTS: Mapping[str, Part] = {
         ours="pipelines.learned_range:LearnedRangeScheduler",
         config="scheduler_config.json",
         kind="scheduler",
+    ),
+    "PointDiffusion": Part(
+        ours="pipelines.point_diffusion:PointDiffusion", config="scheduler_config.json", kind="scheduler"
     ),
     "LCMScheduler": _scheduler("LCMScheduler", "pipelines.lcm:LCMSolver"),
     "DDPMScheduler": _scheduler("DDPMScheduler", "pipelines.lcm:OneStep"),  # ours if it names one timestep

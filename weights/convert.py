@@ -10,7 +10,6 @@ Pickles are opened here and nowhere else, and only for tensors (`weights_only=Tr
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -79,6 +78,8 @@ DIT = (
     *_both("final_layer.adaLN_modulation.1", "proj_out_1"),
     *_both("final_layer.linear", "proj_out_2"),
 )
+# Of DiT-3D with relative positions: embeddings of the distance along each axis
+RELATIVE = tuple(Rule(f"attn.rel_pos_{axis}", (f"attn1.rel_pos_{axis}",)) for axis in "xyz")
 _MICRO = "adaln_single.emb.{}_embedder.linear_{}"
 PIXART = (
     Rule("pos_embed", group="pos_embed"),
@@ -189,39 +190,62 @@ def _heads(width: int, given: Mapping[str, Any], head_dims: tuple[int, ...]) -> 
     return heads
 
 
-def _input_size(state: State, name: str, patch: int, given: Mapping[str, Any], kind: str) -> int:
-    """Latent rows of the native picture: from the configuration, or from the stored position table."""
+def _input_size(
+    state: State,
+    name: str,
+    patch: int,
+    given: Mapping[str, Any],
+    kind: str,
+    axes: int = 2,
+    meaning: str = "latent rows of the native picture: pixels / 8",
+) -> int:
+    """The side of what the network sees: from the configuration, or from the stored position table."""
     if "input_size" in given:
         return int(given["input_size"])
     if name in state:
-        side = math.isqrt(state[name].shape[-2])
-        if side * side == state[name].shape[-2]:
+        tokens = state[name].shape[-2]
+        side = round(tokens ** (1 / axes))
+        if side**axes == tokens:
             return side * patch
     raise ConversionError(
-        f"this {kind} checkpoint stores no position table: say input_size in the configuration "
-        "(latent rows of the native picture: pixels / 8)"
+        f"this {kind} checkpoint stores no position table: say input_size in the configuration ({meaning})"
     )
 
 
-def convert_dit(state: State, given: Mapping[str, Any]) -> Conversion:
-    """Class-conditional DiT, section a of the facts."""
-    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "dit")
-    rows = _shape(state, "y_embedder.embedding_table.weight", "dit")[0]
-    out = _shape(state, "final_layer.linear.weight", "dit")[0]
+def _patches(state: State, kind: str, axes: int) -> tuple[int, int, int]:
+    """Width, channels and patch size of the first layer, which cuts along so many axes."""
+    shape = _shape(state, "x_embedder.proj.weight", kind)
+    if len(shape) != 2 + axes:
+        raise ConversionError(
+            f"this is no {kind} checkpoint: its x_embedder.proj.weight is {shape}, "
+            f"which cuts along {len(shape) - 2} axes and not {axes}"
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _dit_config(state: State, given: Mapping[str, Any], kind: str, axes: int, **size: str) -> dict[str, Any]:
+    width, channels, patch = _patches(state, kind, axes)
+    rows = _shape(state, "y_embedder.embedding_table.weight", kind)[0]
+    out = _shape(state, "final_layer.linear.weight", kind)[0]
     heads = _heads(width, given, (72, 64))
     dropout = float(given.get("class_dropout_prob", 0.1)) > 0
     classes = int(given.get("num_classes", rows - dropout))
-    config = {
+    return {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "in_channels": channels,
-        "out_channels": out // patch**2,
+        "out_channels": out // patch**axes,
         "num_layers": count_blocks(state),
-        "sample_size": _input_size(state, "pos_embed", patch, given, "dit"),
+        "sample_size": _input_size(state, "pos_embed", patch, given, kind, axes, **size),
         "patch_size": patch,
         "num_embeds_ada_norm": classes,
         "class_dropout": rows > classes,
     }
+
+
+def convert_dit(state: State, given: Mapping[str, Any]) -> Conversion:
+    """Class-conditional DiT, section a of the facts."""
+    config = _dit_config(state, given, "dit", axes=2)
     taker = _Taker(state)
     renamed = taker.blocks(DIT_BLOCK, "blocks.", "transformer_blocks.") | taker.take(DIT)
     taker.finish("dit")
@@ -229,8 +253,57 @@ def convert_dit(state: State, given: Mapping[str, Any]) -> Conversion:
     return Conversion(parts=(part,), tensors=taker.count, dropped=tuple(taker.dropped))
 
 
+def convert_dit3d(state: State, given: Mapping[str, Any]) -> Conversion:
+    """DiT-3D, section d of the facts, with its windows.
+
+    A checkpoint attends globally unless `given` says window_size and window_block_indexes in true numbers, or
+    relative positions show windows: the published command line reads "0,3,6,9" as characters, which name no
+    block, so whatever it trained never had windows.
+    """
+    config = _dit_config(state, given, "dit-3d", axes=3, meaning="voxels per side")
+    relative = any(".attn.rel_pos_" in name for name in state)
+    if given.get("use_rel_pos", relative) != relative:
+        there = "there" if relative else "not there"
+        raise ConversionError(f"use_rel_pos is {given['use_rel_pos']}, but rel_pos tensors are {there}")
+    config |= _windows(state, given, config["sample_size"] // config["patch_size"]) if relative else {}
+    facts: dict[str, Any] = {}
+    wanted = given.get("window_block_indexes") or ()
+    layers = tuple(index for index in wanted if isinstance(index, int))
+    if layers and not relative:
+        if not given.get("window_size"):
+            raise ConversionError("window_block_indexes is said, and window_size is not: say both")
+        config |= {"window_size": int(given["window_size"]), "window_layers": layers}
+    elif wanted and not layers:
+        facts["windows"] = f"none: window_block_indexes {wanted!r} are characters and name no block"
+    if "window_kind" in given:
+        config["window_kind"] = given["window_kind"]
+    taker = _Taker(state)
+    block = DIT_BLOCK + RELATIVE if relative else DIT_BLOCK
+    renamed = taker.blocks(block, "blocks.", "transformer_blocks.") | taker.take(DIT)
+    taker.finish("dit-3d")
+    part = Part(name="transformer", class_name="DiT3DModel", config=config, state=renamed)
+    return Conversion(parts=(part,), tensors=taker.count, dropped=tuple(taker.dropped), facts=facts)
+
+
+def _windows(state: State, given: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """Which blocks have windows, told by their relative positions: one row for each distance within."""
+    sides = {
+        index: (state[name].shape[0] + 1) // 2
+        for index in range(count_blocks(state))
+        if (name := f"blocks.{index}.attn.rel_pos_x") in state
+    }
+    # A window may be the whole grid; only the configuration tells such a block from a global one.
+    said = given.get("window_block_indexes") or ()
+    layers = tuple(i for i, side in sides.items() if side != tokens or i in said)
+    sizes = {sides[index] for index in layers}
+    if len(sizes) > 1:
+        raise ConversionError(f"relative positions are for windows of several sizes: {sorted(sizes)}")
+    found: dict[str, Any] = {"relative_positions": True}
+    return found | ({"window_size": sizes.pop(), "window_layers": layers} if layers else {})
+
+
 def _pixart_config(state: State, given: Mapping[str, Any], kind: str, alpha: bool) -> dict[str, Any]:
-    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", kind)
+    width, channels, patch = _patches(state, kind, axes=2)
     out = _shape(state, "final_layer.linear.weight", kind)[0]
     heads = _heads(width, given, (72,))
     size = _input_size(state, "pos_embed", patch, given, kind)
@@ -329,6 +402,7 @@ def convert_pixart_control(state: State, given: Mapping[str, Any]) -> Conversion
 Converter = Callable[[State, Mapping[str, Any]], Conversion]
 FAMILIES: Mapping[str, Converter] = {
     "dit": convert_dit,
+    "dit-3d": convert_dit3d,
     "pixart-alpha": convert_pixart_alpha,
     "pixart-sigma": convert_pixart_sigma,
     "pixart-control": convert_pixart_control,
@@ -343,7 +417,8 @@ def convert(state: State, kind: str, given: Mapping[str, Any] | None = None) -> 
     """
     if kind not in FAMILIES:
         raise ConversionError(f"no family called {kind!r}; there are {', '.join(FAMILIES)}")
-    return FAMILIES[kind](unwrap(state), dict(given or {}))
+    given = dict(given or {})
+    return FAMILIES[kind](unwrap(state, averaged=bool(given.get("use_ema", True))), given)
 
 
 # --------------------------------------------------------------------------------------- reading files
@@ -353,12 +428,14 @@ _WRAPPERS = ("ema", "state_dict", "model_state", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrap(checkpoint: Mapping[str, Any], averaged: bool = True) -> dict[str, Tensor]:
     """The state dict inside a training checkpoint, without the prefixes of wrapped models.
+
+    Where a checkpoint holds averaged weights too, they are taken unless `averaged` is False.
 
     Raises ConversionError when there are no tensors in it.
     """
-    for name in _WRAPPERS:
+    for name in _WRAPPERS if averaged else _WRAPPERS[1:]:
         if isinstance(checkpoint.get(name), Mapping):
             checkpoint = checkpoint[name]
             break

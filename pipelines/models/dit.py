@@ -17,16 +17,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.models.layers import TIME_FEATURES, Embedder, position_table, time_features
+from pipelines.models.layers import (
+    TIME_FEATURES,
+    Attention,
+    Embedder,
+    FeedForward,
+    Output,
+    PatchEmbed,
+    Positions,
+    position_table,
+    time_features,
+    unpatch,
+)
 from pipelines.models.network import Network
-from pipelines.models.pixart import Attention, FeedForward, Output, PatchEmbed
 
 # The official value. Published configurations say 1e-5: that is diffusers' default, which nobody chose, and
 # which diffusers applies to the second normalisation of a block only. So `norm_eps` is read and not used.
@@ -119,6 +128,30 @@ class AdaLNZero(nn.Module):
         return self.linear(activated_RD).unflatten(-1, (6, -1))
 
 
+class ClassEmbedder(nn.Module):
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, labels_R: Tensor) -> Tensor:
+        return self.embedding_table(labels_R)
+
+
+def adaln_zero(model: Any, timestep: Tensor | float, class_labels: Tensor | int) -> Modulation:
+    """The adaLN tables of a `model` that has DiT's parts, in two dimensions or three: see `modulation`."""
+    device = model.device
+    timesteps_R = torch.as_tensor(timestep, device=device).reshape(-1)
+    labels_R = torch.as_tensor(class_labels, device=device).reshape(-1)
+    if len(timesteps_R) != len(labels_R) and 1 not in (len(timesteps_R), len(labels_R)):
+        raise ValueError(f"{len(timesteps_R)} timesteps do not fit {len(labels_R)} class labels")
+    vector_RD = model.timestep_embedder(time_features(timesteps_R).to(model.dtype))
+    activated_RD = functional.silu(vector_RD + model.class_embedder(labels_R))
+    tables = [block.norm1(activated_RD) for block in model.transformer_blocks]
+    one_6 = activated_RD.new_tensor([0, 1, 0, 0, 1, 0])  # scales multiply as 1 + scale
+    final_R2D = model.proj_out_1(activated_RD).unflatten(-1, (2, -1))
+    return Modulation(torch.stack(tables) + one_6[:, None], final_R2D + one_6[:2, None])
+
+
 class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -134,15 +167,6 @@ class Block(nn.Module):
         x_BND = torch.addcmul(x_BND, gate1, self.attn1(y_BND, *self.attn1.keys_and_values(y_BND)))
         y_BND = torch.addcmul(shift2, self.norm(x_BND), scale2)
         return torch.addcmul(x_BND, gate2, self.ff(y_BND))
-
-
-class ClassEmbedder(nn.Module):
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
-
-    def forward(self, labels_R: Tensor) -> Tensor:
-        return self.embedding_table(labels_R)
 
 
 class DiTTransformer2DModel(Network):
@@ -193,7 +217,7 @@ class DiTTransformer2DModel(Network):
         self.norm_out = nn.LayerNorm(width, eps=EPSILON, elementwise_affine=False)
         self.proj_out_1 = nn.Linear(width, 2 * width)
         self.proj_out_2 = nn.Linear(width, config.patch_size**2 * self.out_channels)
-        self._positions: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._positions = Positions()
 
     # Files
 
@@ -215,20 +239,13 @@ class DiTTransformer2DModel(Network):
             renamed[name], origins[name] = state[key], key
         return renamed
 
-    def save_pretrained(self, folder: Path | str, *, published: bool = True) -> None:
-        """Write config.json and one safetensors file.
+    def stored_state(self, *, published: bool = True) -> dict[str, Tensor]:
+        """The weights as `save_pretrained` writes them, which takes `published` too.
 
         `published` repeats the embedders in every block, as diffusers needs it. Without, the file is smaller
         (by a tenth for XL, by much more for a small model with many classes) and only we can read it.
         """
-        super().save_pretrained(folder)
-        if published:
-            from safetensors.torch import save_file
-
-            path = Path(folder) / self.weights_name
-            mode = path.stat().st_mode
-            save_file(published_state(self), path, metadata={"format": "pt"})
-            path.chmod(mode)  # safetensors makes it readable by its owner only
+        return published_state(self) if published else super().stored_state()
 
     # What no step changes
 
@@ -238,31 +255,19 @@ class DiTTransformer2DModel(Network):
         `timestep` (R,) may be fractional, `class_labels` (R,) are integers. Raises ValueError when their
         numbers do not fit.
         """
-        device, dtype = self.device, self.dtype
-        timesteps_R = torch.as_tensor(timestep, device=device).reshape(-1)
-        labels_R = torch.as_tensor(class_labels, device=device).reshape(-1)
-        if len(timesteps_R) != len(labels_R) and 1 not in (len(timesteps_R), len(labels_R)):
-            raise ValueError(f"{len(timesteps_R)} timesteps do not fit {len(labels_R)} class labels")
-        vector_RD = self.timestep_embedder(time_features(timesteps_R).to(dtype))
-        activated_RD = functional.silu(vector_RD + self.class_embedder(labels_R))
-        tables = [block.norm1(activated_RD) for block in self.transformer_blocks]
-        one_6 = activated_RD.new_tensor([0, 1, 0, 0, 1, 0])  # scales multiply as 1 + scale
-        final_R2D = self.proj_out_1(activated_RD).unflatten(-1, (2, -1))
-        return Modulation(torch.stack(tables) + one_6[:, None], final_R2D + one_6[:2, None])
+        return adaln_zero(self, timestep, class_labels)
 
     def positions(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(1, rows * columns, D) position table, computed once per size. Its first half codes the column."""
-        key = (rows, columns, dtype, device)
-        if key not in self._positions:
-            if len(self._positions) >= 16:  # sizes of a long-lived page: forget the oldest
-                del self._positions[next(iter(self._positions))]
+
+        def compute() -> Tensor:
             # Positions are plain integers at every size, for the official model interpolates nothing: cut
             # out of the table of a square that is its own native size.
             side = max(rows, columns)
             square_YXD = position_table(side, side, self.config.width, side, 1.0).unflatten(0, (side, side))
-            table_ND = square_YXD[:rows, :columns].reshape(rows * columns, -1)
-            self._positions[key] = table_ND.to(device=device, dtype=dtype)[None]
-        return self._positions[key]
+            return square_YXD[:rows, :columns].reshape(rows * columns, -1)
+
+        return self._positions.get((rows, columns), dtype, device, compute)
 
     def forward(
         self,
@@ -300,12 +305,7 @@ class DiTTransformer2DModel(Network):
             x_BND = block(x_BND, modulation.blocks_ER6D[index])
         shift, scale = modulation.final_R2D[:, :, None].unbind(1)
         x_BND = self.proj_out_2(torch.addcmul(shift, self.norm_out(x_BND), scale))
-        return Output(self._unpatch(x_BND, rows // patch, columns // patch))
-
-    def _unpatch(self, x_BND: Tensor, rows: int, columns: int) -> Tensor:
-        patch = self.config.patch_size
-        x = x_BND.reshape(-1, rows, columns, patch, patch, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, rows * patch, columns * patch)
+        return Output(unpatch(x_BND, rows // patch, columns // patch, patch))
 
 
 def published_state(model: DiTTransformer2DModel) -> dict[str, Tensor]:

@@ -1,17 +1,30 @@
-"""What several networks share exactly: time features, position tables, small embedders.
+"""What several networks share exactly: features and positions, attention, feed-forward, patches.
 
-Shapes: B batch, D width, Y X rows and columns of tokens.
+Names of parameters are those of diffusers, whose checkpoints load.
+
+Shapes: B batch, N image tokens, L tokens looked at, D width, H heads, K head width, C channels, Y X rows and
+columns, of tokens or of latents.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipelines.attention import Attend, sdpa_attention
+
 TIME_FEATURES = 256
+
+
+class Output(NamedTuple):
+    """Named like diffusers' output, and a tuple as well."""
+
+    sample: Tensor  # of the form of what the network was given; see each network
 
 
 def time_features(values_B: Tensor) -> Tensor:
@@ -20,6 +33,14 @@ def time_features(values_B: Tensor) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=values_B.device)
     angles = values_B.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_codes(positions: Tensor, width: int) -> Tensor:
+    """(n,) positions to (n, width) float32: sines, then cosines, computed in float64."""
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
 def position_table(rows: int, columns: int, width: int, base: int, scale: float) -> Tensor:
@@ -33,14 +54,35 @@ def position_table(rows: int, columns: int, width: int, base: int, scale: float)
     def coordinates(count: int) -> Tensor:
         return torch.arange(count, dtype=torch.float32) / (count / base) / scale
 
-    def code(positions: Tensor) -> Tensor:
-        frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-        angles = positions.double()[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1).float()
-
-    column_YXD = code(coordinates(columns))[None, :].expand(rows, -1, -1)
-    row_YXD = code(coordinates(rows))[:, None].expand(-1, columns, -1)
+    column_YXD = position_codes(coordinates(columns), width // 2)[None, :].expand(rows, -1, -1)
+    row_YXD = position_codes(coordinates(rows), width // 2)[:, None].expand(-1, columns, -1)
     return torch.cat([column_YXD, row_YXD], dim=-1).reshape(rows * columns, width)
+
+
+class Positions:
+    """Position tables (1, N, D), each computed once per size, type and device."""
+
+    most = 16  # sizes that a long-lived page keeps
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def get(
+        self,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        compute: Callable[[], Tensor],  # (N, D) float32, of this size
+    ) -> Tensor:
+        key = (size, dtype, device)
+        if key not in self._tables:
+            if len(self._tables) >= self.most:  # forget the oldest
+                del self._tables[next(iter(self._tables))]
+            self._tables[key] = compute().to(device=device, dtype=dtype)[None]
+        return self._tables[key]
 
 
 class Embedder(nn.Module):
@@ -53,3 +95,76 @@ class Embedder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(functional.silu(self.linear_1(features)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `attend` is the function of `pipelines.attention` it computes with."""
+
+    attend: Attend
+
+    def __init__(self, width: int, context: int, heads: int, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context, width, bias=bias)
+        self.to_v = nn.Linear(context, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
+        self.attend = sdpa_attention
+
+    def split(self, x_BND: Tensor) -> Tensor:
+        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def out(self, y_BND: Tensor) -> Tensor:
+        return self.to_out[1](self.to_out[0](y_BND))
+
+    def keys_and_values(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Two of (B, H, L, K)."""
+        return self.split(self.to_k(x_BLD)), self.split(self.to_v(x_BLD))
+
+    def queries(self, x_BND: Tensor) -> Tensor:
+        """(B, H, N, K)."""
+        return self.split(self.to_q(x_BND))
+
+    def forward(self, x_BND: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor | None = None) -> Tensor:
+        y_BHNK = self.attend(self.queries(x_BND), k_BHLK, v_BHLK, mask)
+        return self.out(y_BHNK.transpose(1, 2).flatten(2))
+
+
+class Gelu(nn.Module):
+    """Linear, then GELU: exact, or in its tanh approximation."""
+
+    def __init__(self, width: int, hidden: int, approximate: str) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+        self.approximate = approximate
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return functional.gelu(self.proj(x_BND), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, dropout: float, approximate: str = "tanh") -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            Gelu(width, 4 * width, approximate), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.net(x_BND)
+
+
+class PatchEmbed(nn.Module):
+    """Squares of latents to tokens, rows first."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, latents_BCYX: Tensor) -> Tensor:
+        return self.proj(latents_BCYX).flatten(2).transpose(1, 2)
+
+
+def unpatch(x_BND: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """(B, rows * columns, patch * patch * C) tokens, laid out row, column, channel, to (B, C, Y, X)."""
+    x = x_BND.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, -1))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

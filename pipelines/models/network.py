@@ -95,10 +95,14 @@ class Network(nn.Module):
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json and one safetensors file, as the libraries do."""
+    def save_pretrained(self, folder: Path | str, **layout: Any) -> None:
+        """Write config.json and one safetensors file, as the libraries do.
+
+        `layout` are the options of the network's `stored_state`, where it has any.
+        """
         from safetensors.torch import save_file
 
+        state = self.stored_state(**layout)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         idle = {
@@ -109,10 +113,13 @@ class Network(nn.Module):
         values = dataclasses.asdict(self.config)
         entries = {**self.header, **{key: value for key, value in values.items() if key not in idle}}
         (folder / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
-        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         save_file(state, folder / self.weights_name, metadata={"format": "pt"})
         # safetensors makes it readable by its owner only, whatever the umask says
         (folder / self.weights_name).chmod((folder / "config.json").stat().st_mode)
+
+    def stored_state(self) -> dict[str, Tensor]:
+        """The tensors of the file, under the names they have there; the reverse of `rename`."""
+        return {key: value.detach().contiguous() for key, value in self.state_dict().items()}
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Bring keys of older files to today's names."""

@@ -15,14 +15,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.attention import Attend, sdpa_attention
-from pipelines.models.layers import TIME_FEATURES, Embedder, position_table, time_features
+from pipelines.models.layers import (
+    TIME_FEATURES,
+    Attention,
+    Embedder,
+    FeedForward,
+    Output,
+    PatchEmbed,
+    Positions,
+    position_table,
+    time_features,
+    unpatch,
+)
 from pipelines.models.network import Network
 
 KV_SAMPLING = ("conv", "uniform", "ave", "uniform_every")
@@ -147,45 +157,6 @@ class Modulation:
 Between = Callable[[int, Tensor, Modulation], Tensor]
 
 
-class Output(NamedTuple):
-    """Named like diffusers' output, and a tuple as well."""
-
-    sample: Tensor  # (B, C, Y, X)
-
-
-class Attention(nn.Module):
-    """Multi-head attention; `attend` is the function of `pipelines.attention` it computes with."""
-
-    attend: Attend
-
-    def __init__(self, width: int, context: int, heads: int, bias: bool, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(context, width, bias=bias)
-        self.to_v = nn.Linear(context, width, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
-        self.attend = sdpa_attention
-
-    def split(self, x_BND: Tensor) -> Tensor:
-        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def out(self, y_BND: Tensor) -> Tensor:
-        return self.to_out[1](self.to_out[0](y_BND))
-
-    def keys_and_values(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Two of (B, H, L, K)."""
-        return self.split(self.to_k(x_BLD)), self.split(self.to_v(x_BLD))
-
-    def queries(self, x_BND: Tensor) -> Tensor:
-        """(B, H, N, K)."""
-        return self.split(self.to_q(x_BND))
-
-    def forward(self, x_BND: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor | None = None) -> Tensor:
-        y_BHNK = self.attend(self.queries(x_BND), k_BHLK, v_BHLK, mask)
-        return self.out(y_BHNK.transpose(1, 2).flatten(2))
-
-
 class SelfAttention(Attention):
     """Of image tokens, with two options: normalised queries and keys, and fewer keys and values than
     tokens."""
@@ -232,26 +203,6 @@ class SelfAttention(Attention):
         return x_BND.unflatten(1, grid)[:, :rows:factor, :columns:factor].flatten(1, 2)
 
 
-class Gelu(nn.Module):
-    """Linear, then GELU in its tanh approximation."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, hidden)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return functional.gelu(self.proj(x_BND), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.net = nn.Sequential(Gelu(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.net(x_BND)
-
-
 class Block(nn.Module):
     """adaLN-single (section 2.3 of the first paper): one modulation for all blocks, plus own offsets."""
 
@@ -285,15 +236,6 @@ class Block(nn.Module):
         shift, scale, gate = table_B6D[:, 3:, None].unbind(1)
         y_BND = torch.addcmul(shift, self.norm2(x_BND), scale)
         return torch.addcmul(x_BND, gate, self.ff(y_BND))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
-
-    def forward(self, latents_BCYX: Tensor) -> Tensor:
-        return self.proj(latents_BCYX).flatten(2).transpose(1, 2)
 
 
 class Conditions(nn.Module):
@@ -430,7 +372,7 @@ class PixArtTransformer2DModel(Network):
         self.caption_projection = (
             None if config.caption_channels is None else CaptionProjection(config.caption_channels, width)
         )
-        self._positions: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._positions = Positions()
 
     def text_states(
         self,
@@ -473,14 +415,12 @@ class PixArtTransformer2DModel(Network):
 
     def positions(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(1, rows * columns, D) position table, computed once per size."""
-        key = (rows, columns, dtype, device)
-        if key not in self._positions:
-            if len(self._positions) >= 16:  # sizes of a long-lived page: forget the oldest
-                del self._positions[next(iter(self._positions))]
+
+        def compute() -> Tensor:
             base = self.config.sample_size // self.config.patch_size
-            table = position_table(rows, columns, self.config.width, base, self.config.scale)
-            self._positions[key] = table.to(device=device, dtype=dtype)[None]
-        return self._positions[key]
+            return position_table(rows, columns, self.config.width, base, self.config.scale)
+
+        return self._positions.get((rows, columns), dtype, device, compute)
 
     def forward(
         self,
@@ -530,9 +470,4 @@ class PixArtTransformer2DModel(Network):
 
         shift, scale = modulation.final_S2D[:, :, None].unbind(1)
         x_BND = self.proj_out(torch.addcmul(shift, self.norm_out(x_BND), scale))
-        return Output(self._unpatch(x_BND, *grid))
-
-    def _unpatch(self, x_BND: Tensor, rows: int, columns: int) -> Tensor:
-        patch = self.config.patch_size
-        x = x_BND.reshape(-1, rows, columns, patch, patch, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, rows * patch, columns * patch)
+        return Output(unpatch(x_BND, *grid, patch))

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pipelines.models.layers import Output
 from pipelines.models.network import Network
 from pipelines.models.pixart import (
     Block,
     Modulation,
-    Output,
     PixArtConfig,
     PixArtTransformer2DModel,
     TextStates,

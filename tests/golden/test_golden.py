@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.golden import delta, dit, numbers, pixart
+from tests.golden import delta, dit, dit3d, numbers, pixart
 
 Check = Callable[[numbers.Case], None]
 # By how a case's name begins, the longest beginning first
 CHECKS: dict[str, Check] = {
     "dit_": dit.check_dit,
+    "dit3d_": dit3d.check_dit3d,
     "sigma_": pixart.check_sigma,
     "delta_": delta.check_delta,
 }
 # Systems that are not built yet: their cases must fail, and say so when they no longer do
-COMING = ("dit3d_", "mv_adapter/")
+COMING = ("mv_adapter/",)
 
 
 def find(case: numbers.Case) -> Check | None:

@@ -7,6 +7,8 @@ import struct
 import pytest
 import torch
 
+from pipelines.models.dit3d import DiT3DModel
+from tests.golden.dit3d import official_shapes as cloud_shapes
 from tests.golden.pixart import official_shapes
 from weights import convert
 from weights.convert import ConversionError
@@ -160,7 +162,7 @@ def test_another_family_is_refused():
         convert.convert(checkpoint(), "dit")
     with pytest.raises(ConversionError, match="no pixart-sigma checkpoint"):
         convert.convert(dit_checkpoint(), "pixart-sigma")
-    with pytest.raises(ConversionError, match="there are dit, pixart-alpha"):
+    with pytest.raises(ConversionError, match="there are dit, dit-3d, pixart-alpha"):
         convert.convert(checkpoint(), "flux")
 
 
@@ -223,3 +225,130 @@ def test_a_file_cut_short_is_refused(tmp_path):
 def test_numbers_that_are_not_finite_are_named():
     state = {"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}
     assert [*convert.not_finite(state)] == ["bad"]
+
+
+# DiT-3D
+
+CLOUDS = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 144,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 1,
+    "learn_sigma": False,
+}
+
+
+def cloud_checkpoint(**more) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape) for name, shape in cloud_shapes(CLOUDS | more).items()}
+
+
+def cloud_part(state, **given) -> convert.Part:
+    (part,) = convert.convert(state, "dit-3d", given).parts
+    return part
+
+
+def test_a_dit_of_clouds_is_told_by_its_shapes_alone():
+    part = cloud_part(cloud_checkpoint())
+    assert part.class_name == "DiT3DModel"
+    assert part.config == {
+        "num_attention_heads": 2,
+        "attention_head_dim": 72,
+        "in_channels": 3,
+        "out_channels": 3,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1,
+        "class_dropout": True,
+    }
+    network = DiT3DModel.empty(DiT3DModel.config_class(**part.config))
+    network.load_state_dict(part.state, strict=True, assign=True)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1152, 16)])
+def test_heads_of_published_widths_are_known(width, heads):
+    state = cloud_checkpoint(hidden_size=width, depth=1)
+    assert cloud_part(state).config["num_attention_heads"] == heads
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.module.", "module.model.", "model.", "module.", "module.module.", ""]
+)
+@pytest.mark.parametrize("wrapper", ["model_state", "ema", None])
+def test_the_published_file_of_clouds_is_read(prefix, wrapper, tmp_path):
+    state = {prefix + name: tensor for name, tensor in cloud_checkpoint().items()}
+    file = {"epoch": 9999, wrapper: state, "optimizer_state": {"state": {}, "param_groups": []}}
+    torch.save(file if wrapper else state, tmp_path / "chair.pth")
+    part = cloud_part(convert.read_checkpoint(tmp_path / "chair.pth"))
+    assert torch.equal(part.state["proj_out_2.bias"], state[prefix + "final_layer.linear.bias"])
+
+
+def test_which_of_two_states_is_taken_can_be_said():
+    plain, averaged = cloud_checkpoint(), cloud_checkpoint()
+    file = {"model_state": {f"model.module.{k}": v for k, v in plain.items()}, "epoch": 1}
+    file["ema"] = {f"model.{k}": v for k, v in averaged.items()}
+    for given, wanted in (({}, averaged), ({"use_ema": True}, averaged), ({"use_ema": False}, plain)):
+        found = cloud_part(file, **given).state["proj_out_2.bias"]
+        assert torch.equal(found, wanted["final_layer.linear.bias"])
+
+
+def test_published_windows_are_global_attention():
+    state = cloud_checkpoint()
+    assert "window_layers" not in cloud_part(state, window_size=2).config
+    converted = convert.convert(state, "dit-3d", {"window_size": 2, "window_block_indexes": "0,1"})
+    assert "window_layers" not in converted.parts[0].config
+    assert "characters" in converted.facts["windows"]
+
+
+def test_windows_can_be_said_in_true_numbers():
+    given = {"window_size": 2, "window_block_indexes": [0]}
+    assert cloud_part(cloud_checkpoint(), **given).config["window_layers"] == (0,)
+    literal = cloud_part(cloud_checkpoint(), **given, window_kind="literal").config
+    assert literal["window_kind"] == "literal" and literal["window_size"] == 2
+    with pytest.raises(ConversionError, match="window_size is not: say both"):
+        cloud_part(cloud_checkpoint(), window_block_indexes=[0])
+
+
+def test_relative_positions_tell_the_windows():
+    state = cloud_checkpoint(use_rel_pos=True, window_size=2, window_block_indexes=[1])
+    config = cloud_part(state).config
+    assert config["relative_positions"] and config["window_layers"] == (1,) and config["window_size"] == 2
+    network = DiT3DModel.empty(DiT3DModel.config_class(**config))
+    network.load_state_dict(cloud_part(state).state, strict=True, assign=True)
+    everywhere = cloud_part(cloud_checkpoint(use_rel_pos=True)).config
+    assert everywhere["relative_positions"] and "window_layers" not in everywhere
+
+
+@pytest.mark.parametrize(
+    ("damage", "given", "message"),
+    [
+        (
+            lambda s: s.pop("blocks.1.mlp.fc1.bias"),
+            {},
+            r"1 tensors are missing:\n  blocks\.1\.mlp\.fc1\.bias$",
+        ),
+        (lambda s: s.update(extra=torch.ones(2)), {}, r"are unknown:\n  extra$"),
+        (lambda s: s.pop("pos_embed"), {}, r"say input_size .* \(voxels per side\)"),
+        (
+            lambda s: s.update({"blocks.0.attn.rel_pos_x": torch.ones(7, 72)}),
+            {},
+            r"5 tensors are missing:\n  blocks\.0\.attn\.rel_pos_y",
+        ),
+        (lambda s: None, {"use_rel_pos": True}, "rel_pos tensors are not there"),
+    ],
+)
+def test_what_is_not_a_whole_checkpoint_of_clouds_is_refused(damage, given, message):
+    state = cloud_checkpoint()
+    damage(state)
+    with pytest.raises(ConversionError, match=message):
+        cloud_part(state, **given)
+
+
+def test_pictures_are_no_clouds_and_clouds_no_pictures():
+    with pytest.raises(ConversionError, match=r"no dit-3d checkpoint.* along 2 axes and not 3"):
+        cloud_part(dit_checkpoint())
+    with pytest.raises(ConversionError, match=r"no dit checkpoint.* along 3 axes and not 2"):
+        convert.convert(cloud_checkpoint(), "dit")

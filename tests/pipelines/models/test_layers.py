@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.models.layers import position_table, time_features
+from pipelines.models.layers import Positions, position_table, time_features, unpatch
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,30 @@ def test_time_features_equal_diffusers() -> None:
     times = torch.tensor([0.0, 1.0, 20.5, 999.0])
     theirs = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(times)
     torch.testing.assert_close(time_features(times), theirs, rtol=0, atol=1e-6)
+
+
+def test_a_position_table_is_computed_once_per_size_and_the_oldest_is_forgotten() -> None:
+    positions, asked = Positions(), []
+
+    def compute(side: int) -> torch.Tensor:
+        asked.append(side)
+        return position_table(side, side, 8, side, 1.0)
+
+    def get(side: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return positions.get((side, side), dtype, torch.device("cpu"), lambda: compute(side))
+
+    assert get(2) is get(2) and get(2).shape == (1, 4, 8)
+    assert get(2, torch.bfloat16).dtype == torch.bfloat16
+    assert asked == [2, 2]
+    for side in range(3, 3 + Positions.most):
+        get(side)
+    assert len(positions) == Positions.most
+    get(2)
+    assert asked[-1] == 2
+
+
+def test_unpatch_undoes_the_cutting_into_patches() -> None:
+    latents = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
+    cut = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # (B, C, rows, columns, row in patch, column in patch)
+    tokens = cut.permute(0, 2, 3, 4, 5, 1).reshape(2, 6, 12)
+    assert torch.equal(unpatch(tokens, 2, 3, 2), latents)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines.models.dit import DiTTransformer2DModel
 from pipelines.models.pixart import PixArtTransformer2DModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -97,3 +98,25 @@ def test_loading_draws_no_random_numbers(folder: Path) -> None:
     before = torch.get_rng_state()
     PixArtTransformer2DModel.from_pretrained(folder)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_file_is_written_once_and_a_layout_that_is_not_known_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    written = []
+    save = safetensors.torch.save_file
+    monkeypatch.setattr(
+        safetensors.torch,
+        "save_file",
+        lambda *given, **more: (written.append(given[1]), save(*given, **more)),
+    )
+    small = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2, "num_embeds_ada_norm": 2}
+    model = DiTTransformer2DModel(**small)
+    for published in (True, False):
+        model.save_pretrained(tmp_path / str(published), published=published)
+    assert [path.parent.name for path in written] == ["True", "False"]
+    with pytest.raises(TypeError, match="publsihed"):
+        model.save_pretrained(tmp_path / "typo", publsihed=False)
+    assert not (tmp_path / "typo").exists()

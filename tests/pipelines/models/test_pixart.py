@@ -202,13 +202,12 @@ def test_gradients_reach_every_parameter_and_equal_diffusers() -> None:
 @torch.inference_mode()
 def test_positions_are_computed_once_per_size() -> None:
     ours, _ = twins()
-    given = inputs()
-    ours(**given)
-    (table,) = ours._positions.values()
-    ours(**given)
-    assert next(iter(ours._positions.values())) is table
+    like = (torch.float32, torch.device("cpu"))
+    ours(**inputs())
+    assert len(ours._positions) == 1
+    assert ours.positions(5, 4, *like) is ours.positions(5, 4, *like)
     for rows in range(2, 60, 2):
-        ours.positions(rows, 4, torch.float32, torch.device("cpu"))
+        ours.positions(rows, 4, *like)
     assert len(ours._positions) <= 16
 
 
