@@ -51,8 +51,7 @@ def _box(width: float, height: float, depth: float, x: float = 0, y: float = 0, 
 
 
 def _frustum(bottom: np.ndarray, top: np.ndarray) -> Trimesh:
-    """The solid between two convex polygons (n, 3) of equal corners, both counter-clockwise seen from
-    outside above."""
+    """The solid between two convex polygons (n, 3) with as many corners, in the same order."""
     import trimesh
 
     n = len(bottom)
@@ -63,9 +62,9 @@ def _frustum(bottom: np.ndarray, top: np.ndarray) -> Trimesh:
     )
     fan = np.stack([np.zeros(n - 2, int), at[1:-1], at[2:]], axis=1)
     faces = np.concatenate([sides, fan[:, ::-1], fan + n])
-    made = trimesh.Trimesh(np.concatenate([bottom, top]), faces, process=False)
-    made.fix_normals()
-    return made
+    corners = np.concatenate([bottom, top])
+    inwards = np.linalg.det((corners - corners.mean(0))[faces]).sum() < 0  # the sign of its volume
+    return trimesh.Trimesh(corners, faces[:, ::-1] if inwards else faces, process=False)
 
 
 def _quad(width: float, depth: float, y: float, x: float = 0, z: float = 0) -> np.ndarray:
