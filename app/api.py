@@ -1,15 +1,20 @@
-"""REST: what models there are, whether the server is well, and the files that were made.
+"""REST: what models there are, drawing, whether the server is well, and the files that were made.
 
-Files are addressed by the id of their row in the library, never by a path.
+Files are addressed by the id of their row in the library, never by a path. Pictures come in as bytes.
 """
 
+import json
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse
+from fastapi import Request as Incoming
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, StreamingResponse
 
 import gen
-from gen import library
+from gen import jobs, library, pictures
 from gen.catalog import MODELS, Model, installed
 from gen.errors import GenError
 
@@ -51,6 +56,68 @@ def describe(row: Model) -> dict[str, Any]:
             for tag in row.weights
         ],
     }
+
+
+@router.post("/api/inputs")
+async def keep(incoming: Incoming) -> dict[str, str]:
+    """Keep the picture in the body, of any content type; the header X-Name may say its name.
+
+    Answers with its reference {"sha256", "name"}, which stands for the picture in a request.
+    """
+    content = await read(incoming, pictures.MOST_BYTES)
+    reference = await run_in_threadpool(pictures.keep, content)
+    return reference | pictures.named(unquote(incoming.headers.get("x-name", "")))
+
+
+@router.post("/api/generations", status_code=202)
+async def submit(incoming: Incoming) -> dict[str, str]:
+    """Queue what the body asks for: the JSON of a Request, as recipes hold it. Answers with the job's id.
+
+    A picture is a reference from /api/inputs, {"data": base64, "name"}, base64 or a data URL.
+    """
+    body = await read(incoming, pictures.MOST_BYTES * 4 // 3 + 2**20)
+    try:
+        sent = json.loads(body)
+    except (ValueError, RecursionError):
+        hint = 'Send {"model": ..., "inputs": {...}}.'
+        raise GenError("The body is not JSON.", hint, "bad_input") from None
+    request = await run_in_threadpool(gen.Request.from_json, sent)
+    return {"id": jobs.submit(request)}
+
+
+@router.get("/api/generations/{job_id}")
+def state(job_id: str) -> dict[str, str]:
+    """Whether a job is queued, running, done, failed or cancelled. Raises not_found."""
+    return {"id": job_id, "state": jobs.state(job_id)}
+
+
+@router.get("/api/generations/{job_id}/events")
+def events(job_id: str) -> StreamingResponse:
+    """The events of a job, a JSON object on each line, until it is over. Raises not_found."""
+    watched = jobs.watch(job_id)
+
+    def lines() -> Iterator[str]:
+        for event in watched:
+            yield json.dumps(event.to_json()) + "\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+@router.delete("/api/generations/{job_id}")
+def cancel(job_id: str) -> dict[str, str]:
+    """Stop a job within one step; one that is over stays. Raises not_found."""
+    jobs.cancel(job_id)
+    return {"id": job_id, "state": jobs.state(job_id)}
+
+
+async def read(incoming: Incoming, most: int) -> bytes:
+    """The body, which is not taken further than `most` bytes. Raises bad_input."""
+    content = bytearray()
+    async for chunk in incoming.stream():
+        content += chunk
+        if len(content) > most:
+            raise GenError(f"The body is larger than {most // 2**20} MiB.", "Send less.", "bad_input")
+    return bytes(content)
 
 
 @router.get("/files/{result_id}")

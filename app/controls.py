@@ -1,10 +1,13 @@
 """The table that turns an Input of a catalog row into a widget of the page: one row per kind."""
 
+from abc import ABCMeta
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 
+from gen import pictures
 from gen.request import Input, class_name
 
 
@@ -47,6 +50,50 @@ def _seed(of: Input, value: Any) -> dict[str, Any]:
     return {"value": "" if value is None else str(value), "max_lines": 1, "placeholder": "random each time"}
 
 
+def _number(of: Input, value: Any) -> dict[str, Any]:
+    words = {"info": sentence(of.help), "placeholder": of.default_words() or "left to the model"}
+    return {"value": value, "minimum": of.minimum, "maximum": of.maximum, "step": of.step, **words}
+
+
+def uploaded(self: gr.Image, payload: Any) -> Path | str | None:
+    """The file as it came, which Gradio has made sure to lie in its folder of uploads, or a data URL."""
+    if payload is None:
+        return None
+    return Path(payload.path) if payload.path else str(payload.url)
+
+
+# gr.Image, but `gen.pictures` is the one that looks into the file. Made by hand because Gradio's metaclass
+# writes a stub file beside the source of every class statement.
+Upload = ABCMeta.__new__(
+    type(gr.Image),
+    "Upload",
+    (gr.Image,),
+    {"preprocess": uploaded, "is_template": True, "__module__": __name__, "__doc__": "A picture, unopened."},
+)
+
+
+def _image(of: Input, value: Any) -> dict[str, Any]:
+    shown = pictures.read(value) if isinstance(value, dict) else None
+    return {
+        "value": shown,
+        "format": "png",
+        "sources": ["upload", "clipboard"],
+        "height": 180,
+        "placeholder": f"{sentence(of.help)}. Drop one here, or click",
+        "buttons": [],
+    }
+
+
+def _lora(of: Input, value: Any) -> dict[str, Any]:
+    names = [*(of.choices or ())]
+    names += [value] if value and value not in names else []
+    return {
+        "value": value or "",
+        "choices": [("none", ""), *((name, name) for name in names)],
+        "info": sentence(of.help),
+    }
+
+
 CONTROLS: dict[str, Control] = {
     "text": Control(gr.Textbox, _text),
     "integer": Control(gr.Slider, _explained_slider),
@@ -55,7 +102,15 @@ CONTROLS: dict[str, Control] = {
     "choice": Control(gr.Dropdown, _choice),
     "label": Control(gr.Dropdown, _label),  # typing searches it
     "seed": Control(gr.Textbox, _seed),
+    "image": Control(Upload, _image),
+    "lora": Control(gr.Dropdown, _lora),
 }
+EMPTY = Control(gr.Number, _number)  # of numbers that may be left out: a slider always has a value
+
+
+def control(of: Input) -> Control:
+    """How this input looks."""
+    return EMPTY if of.kind in ("integer", "number") and of.default is None else CONTROLS[of.kind]
 
 
 def sentence(words: str) -> str:
@@ -65,12 +120,12 @@ def sentence(words: str) -> str:
 
 def widget(of: Input, model: str) -> gr.components.Component:
     """Make the widget of one of a model's inputs, with its label as the name that screen readers say."""
-    control = CONTROLS[of.kind]
+    looks = control(of)
     named: dict[str, Any] = {"label": of.label, "elem_id": f"{model}-{of.name}"}
     if of.kind != "seed":
-        return control.widget(**named, **control.arguments(of, of.default))
+        return looks.widget(**named, **looks.arguments(of, of.default))
     with gr.Row(elem_classes="with-button"):
-        made = control.widget(**named, **control.arguments(of, of.default))
+        made = looks.widget(**named, **looks.arguments(of, of.default))
         gr.Button("Random", scale=0, min_width=96).click(
             None, None, made, js="() => ''", api_visibility="private"
         )
@@ -79,4 +134,4 @@ def widget(of: Input, model: str) -> gr.components.Component:
 
 def change(of: Input, value: Any = None) -> dict[str, Any]:
     """The Gradio update that gives an existing widget this input's limits and `value` (None: its default)."""
-    return gr.update(**CONTROLS[of.kind].arguments(of, of.default if value is None else value))
+    return gr.update(**control(of).arguments(of, of.default if value is None else value))

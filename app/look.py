@@ -166,8 +166,12 @@ kbd {
 .with-button { align-items: flex-end !important; gap: 10px !important; flex-wrap: nowrap !important; }
 .with-button > .form { flex: 1 1 auto !important; }
 .with-button button { min-height: 41px !important; font-size: 14px; font-weight: 500; }
-#model .wrap { border: 1px solid var(--input-border-color); border-radius: 8px; }
-#model input { padding: 8px 12px; }
+#form .wrap:has(> .wrap-inner) { border: 1px solid var(--input-border-color); border-radius: 8px; }
+#form .wrap-inner input { padding: 8px 12px; }
+
+.edges { margin: 0; display: flex; align-items: center; gap: 12px; }
+.edges img { width: 120px; height: auto; border-radius: 8px; border: 1px solid var(--border-color-primary); }
+.edges figcaption { font-size: 13px; color: var(--body-text-color-subdued); }
 
 /* Badges and messages */
 .badge {

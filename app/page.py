@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app import controls, look, views
-from gen import jobs, library
-from gen.catalog import MODELS, Model, find, installed
+from gen import jobs, library, pictures
+from gen.catalog import MODELS, Model, choose, find, installed
 from gen.errors import GenError
 from gen.request import Event, Input, Request
 
@@ -58,6 +59,12 @@ class Form:
     row: Model
     group: gr.Column
     widgets: tuple[gr.components.Component, ...]
+    edges: gr.HTML | None = None  # what steers the drawing, for rows with a control image
+
+    def widget(self, name: str) -> gr.components.Component:
+        """The widget of the input with this name."""
+        names = [one.name for one in self.row.inputs]
+        return self.widgets[names.index(name)]
 
 
 class Page:
@@ -105,11 +112,15 @@ class Page:
         chosen, tag = exactly(first)
         inputs = row.inputs_for(tag if chosen is row else best(row))
         made: dict[str, gr.components.Component] = {}
+        edges: gr.HTML | None = None
 
         def lay_out(some: list[Input]) -> None:
             for line in in_lines(some):
                 if len(line) == 1:
                     made[line[0].name] = controls.widget(line[0], row.name)
+                    if line[0].kind == "image":
+                        nonlocal edges
+                        edges = gr.HTML(visible=False, apply_default_css=False)
                     continue
                 with gr.Row(elem_classes="pair"):
                     for one in line:
@@ -134,7 +145,7 @@ class Page:
             if advanced := [one for one in inputs if one.advanced]:
                 with gr.Accordion("More", open=False):
                     lay_out(advanced)
-        return Form(row, group, tuple(made[one.name] for one in inputs))
+        return Form(row, group, tuple(made[one.name] for one in inputs), edges)
 
     def lay_out_history(self) -> None:
         with gr.Row(elem_classes="beside"):
@@ -191,6 +202,18 @@ class Page:
             )
         form = [self.model, self.about, self.message, *self.groups, *self.widgets]
         self.shown.click(self.use, None, form, **quiet).then(None, js=SHOW_FORM, api_visibility="private")
+        for shape in self.forms.values():
+            if shape.edges is not None:
+                names = ("control_image", "control_kind", "width", "height")
+                shown = [shape.widget(name) for name in names]
+                gr.on(
+                    [self.model.change, *(one.change for one in shown)],
+                    self.preview_edges,
+                    [self.model, *shown],
+                    shape.edges,
+                    trigger_mode="always_last",
+                    **quiet,
+                )
         self.more.click(self.look_further, [self.search, self.length], past, **quiet)
 
     def arrive(self) -> Iterator[Updates]:
@@ -286,6 +309,22 @@ class Page:
                 updates[widget] = controls.change(one)
         return updates
 
+    def preview_edges(self, reference: str, image: Any, kind: str, width: int, height: int) -> Any:
+        """The edges that a control image would steer the drawing with, found without the model."""
+        if image is None:
+            return gr.update(value="", visible=False)
+        try:
+            row, tag = exactly(reference)
+            inputs = {one.name: one for one in row.inputs_for(tag)}
+            size = [inputs[name].check(value) for name, value in (("width", width), ("height", height))]
+            kept, weights = inputs["control_image"].check(image), folder(row, tag)
+            if weights is not None:
+                inputs["control_kind"].check_parts(kind, weights)
+            found = views.edges(pictures.edges(kept, kind, *size, weights))
+        except GenError as error:
+            found = views.message(error.to_json())
+        return gr.update(value=found, visible=True)
+
     def show(self, click: gr.EventData) -> Updates:
         """Put a result of the history on the stage."""
         try:
@@ -297,18 +336,18 @@ class Page:
     def use(self, click: gr.EventData) -> Updates:
         """Put the recipe of a result back into the form."""
         try:
-            request = Request.from_json(library.get(click.use).request)
+            request = Request.from_json(library.get(click.use).request, trusted=True)
+            reference = f"{request.model}:{request.weights}"
+            row, tag = exactly(reference)
+            values = {**request.inputs, "seed": request.seed, "count": request.count}
+            updates = self.change_model(reference) | {
+                self.model: reference,
+                self.message: gr.update(visible=False),
+            }
+            for one, widget in zip(row.inputs_for(tag), self.forms[row.name].widgets, strict=True):
+                updates[widget] = controls.change(one, values[one.name])
         except GenError as error:
             return self.refused(error)
-        reference = f"{request.model}:{request.weights}"
-        row, tag = exactly(reference)
-        values = {**request.inputs, "seed": request.seed, "count": request.count}
-        updates = self.change_model(reference) | {
-            self.model: reference,
-            self.message: gr.update(visible=False),
-        }
-        for one, widget in zip(row.inputs_for(tag), self.forms[row.name].widgets, strict=True):
-            updates[widget] = controls.change(one, values[one.name])
         return updates
 
     def look_up(self, words: str, length: int = PAGE_OF_HISTORY) -> Updates:
@@ -348,6 +387,11 @@ def best(row: Model) -> str:
     return [*installed(row), [*row.weights][-1]][0]
 
 
+def folder(row: Model, tag: str) -> Path | None:
+    """Where the weights are, if they are here."""
+    return choose(row, tag)[2] if tag in installed(row) else None
+
+
 def default_reference() -> str:
     """The first model that can draw at once, or else the first."""
     row = next((row for row in MODELS.values() if installed(row)), next(iter(MODELS.values())))
@@ -372,7 +416,7 @@ def in_lines(inputs: Iterable[Input]) -> Iterator[list[Input]]:
     """Lines of the form: what is typed has one to itself, sliders and choices stand two by two."""
     line: list[Input] = []
     for one in inputs:
-        if line and (len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed", "label"}):
+        if line and (len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed", "label", "image"}):
             yield line
             line = []
         line.append(one)

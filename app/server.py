@@ -166,7 +166,7 @@ def create_app(*, token: str | None = None, local_only: bool = True) -> "FastAPI
     from fastapi.responses import JSONResponse
 
     from app import api, look, page
-    from gen import jobs
+    from gen import jobs, pictures
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -182,9 +182,13 @@ def create_app(*, token: str | None = None, local_only: bool = True) -> "FastAPI
     async def tell(request: Any, error: GenError) -> JSONResponse:
         return JSONResponse({"ok": False, "error": error.to_json()}, error.http_status)
 
+    blocks = page.build()
+    # Gradio checks that files which a browser names were uploaded, but only if it believes to be launched.
+    # Without this, whoever comes in could name any file of this machine.
+    blocks.has_launched = True
     gradio.mount_gradio_app(
         app,
-        page.build(),
+        blocks,
         path="/",
         show_error=False,
         run_history=False,
@@ -192,6 +196,7 @@ def create_app(*, token: str | None = None, local_only: bool = True) -> "FastAPI
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
+        max_file_size=pictures.MOST_BYTES,
         theme=look.theme(),
         css=look.CSS,
         head=look.HEAD,

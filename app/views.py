@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
+from gen import pictures
 from gen.catalog import Model, choose, find
 from gen.errors import GenError
 from gen.library import Entry
@@ -137,6 +138,14 @@ def drawing(state: Drawing) -> str:
     )
 
 
+def edges(picture: "Image") -> str:
+    """The edges that steer a drawing, as they are found."""
+    return (
+        f'<figure class="edges"><img src="{data_url(picture)}" alt="Edges found in the control image">'
+        "<figcaption>What the drawing will follow</figcaption></figure>"
+    )
+
+
 def data_url(picture: "Image") -> str:
     """A small picture as a URL that needs no request."""
     with io.BytesIO() as buffer:
@@ -198,13 +207,14 @@ def recipe(entry: Entry) -> str:
     inputs = entry.request["inputs"]
     row, _ = find(entry.model)
     labels = {one.name: one.label for one in row.inputs}
+    idle = {one.name for one in row.inputs if one.only_with and inputs.get(one.only_with) is None}
     made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.created))
     facts = {
         "Model": f"{escape(entry.model)}:{escape(entry.weights)}" + (f" {badge()}" if entry.toy else ""),
         **{
-            labels.get(name, name): escape(f"{value}")
+            labels.get(name, name): escape(pictures.words(value) if isinstance(value, dict) else f"{value}")
             for name, value in inputs.items()
-            if value not in ("", None)
+            if value not in ("", None) and name not in idle
         },
         "Seed": str(entry.seed),
         "Weights": f"<code>{escape(entry.fingerprint)}</code>",

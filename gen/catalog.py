@@ -26,7 +26,6 @@ class Model:
     weights: Mapping[str, str]  # tag -> key of weights.registry, best first
     makes: str  # "image"
     inputs: tuple[Input, ...]  # in the order of the form
-    max_tokens: int = 0  # of the prompt; what goes beyond is cut, and said. 0: takes no text
 
     @property
     def subject(self) -> str:
@@ -48,8 +47,28 @@ class Model:
         filled = {"size": sized}
         if any(one.kind == "label" for one in self.inputs):
             folder = store.find(self.weights[tag])
-            filled["label"] = {"choices": store.class_names(folder) if folder else ()}
-        return tuple(replace(one, **filled[one.kind]) if one.kind in filled else one for one in self.inputs)
+            filled["label"] = {"choices": _classes(folder) if folder else ()}
+        if any(one.kind == "lora" for one in self.inputs):
+            adapters = [row.key for row in registry.CHECKPOINTS.values() if row.adapts]
+            filled["lora"] = {"choices": tuple(key for key in adapters if store.find(key))}
+        return tuple(
+            _walked(replace(one, **filled[one.kind]) if one.kind in filled else one, facts.walk)
+            for one in self.inputs
+        )
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    try:
+        return store.class_names(folder)
+    except store.CorruptWeights:
+        return ()  # looking around goes on; a request is told
+
+
+def _walked(one: Input, walk: str) -> Input:
+    """With what the weights' own scheduler means, the one called default, filled in."""
+    if one.by_walk is None:
+        return one
+    return replace(one, by_walk={**one.by_walk, "default": one.by_walk[walk]})
 
 
 PROMPT = Input(
@@ -114,6 +133,103 @@ NULL_CAPTION = Input(
     choices=("own", "prompt"),
     advanced=True,
 )
+# As pipelines.pixart_delta has them, which loads torch; a test compares.
+DISTILLED_STEPS = {"": 20, "lcm": 4, "lcm-diffusers": 4, "one-step": 1}
+DISTILLED_GUIDANCE = {"": 4.5, "lcm": 1.0, "lcm-diffusers": 1.0, "one-step": 1.0}
+GUIDANCE_CHANNELS = Input(
+    name="guidance_channels",
+    kind="integer",
+    label="Guidance channels",
+    help="of the noise, from the first, those that guidance moves; left out, all. The published code: 3",
+    argument="guidance_channels",
+    minimum=1,
+    maximum=4,
+    step=1,
+    advanced=True,
+)
+MICRO_RATIO = Input(
+    name="micro_ratio",
+    kind="choice",
+    label="Aspect ratio told",
+    help="to networks that read it: exact, or as published that of the nearest bin",
+    argument="micro_ratio",
+    default="exact",
+    choices=("exact", "bin"),
+    advanced=True,
+)
+CONTROL_IMAGE = Input(
+    name="control_image",
+    kind="image",
+    label="Control image",
+    help="a picture whose edges the drawing follows",
+    argument="control_image",
+    needs={"": "controlnet"},
+)
+CONTROL_KIND = Input(
+    name="control_kind",
+    kind="choice",
+    label="Control kind",
+    help="how edges are found: soft or hard lines, HED where its weights are; edges: it shows edges already",
+    argument="control_kind",
+    default="soft",
+    choices=("soft", "hed", "canny", "edges"),
+    only_with="control_image",
+    needs={"hed": "hed"},
+)
+CONTROL_SCALE = Input(
+    name="control_scale",
+    kind="number",
+    label="Control scale",
+    help="how strictly to follow the edges; 0 is not at all",
+    argument="controlnet_conditioning_scale",
+    default=1.0,
+    minimum=0,
+    maximum=2,
+    step=0.05,
+    only_with="control_image",
+)
+CONTROL_START = Input(
+    name="control_start",
+    kind="number",
+    label="Control start",
+    help="the part of the steps after which the edges count",
+    argument="control_guidance_start",
+    default=0.0,
+    minimum=0,
+    maximum=1,
+    step=0.05,
+    only_with="control_image",
+    advanced=True,
+)
+CONTROL_END = replace(
+    CONTROL_START,
+    name="control_end",
+    label="Control end",
+    help="the part of the steps after which the edges count no more",
+    argument="control_guidance_end",
+    default=1.0,
+)
+LORA = Input(
+    name="lora",
+    kind="lora",
+    label="LoRA",
+    help="low-rank changes merged into the weights: a published one by its name, or a folder or file",
+    argument="",
+    advanced=True,
+)
+LORA_SCALE = Input(
+    name="lora_scale",
+    kind="number",
+    label="LoRA scale",
+    help="how much of the LoRA to add",
+    argument="",
+    default=1.0,
+    minimum=0,
+    maximum=2,
+    step=0.05,
+    only_with="lora",
+    advanced=True,
+)
 CLASS_LABEL = Input(
     name="class_label",
     kind="label",
@@ -174,7 +290,39 @@ MODELS = index(
             SCHEDULER,
             NULL_CAPTION,
         ),
-        max_tokens=300,
+    ),
+    Model(
+        name="pixart-delta",
+        summary="Text to image in a few steps: PixArt-delta, distilled PixArt, with edges to follow",
+        pipeline="pipelines.pixart_delta:PixArtDeltaPipeline",
+        weights={
+            "1024": "pixart-delta-xl-1024",
+            "control": "pixart-delta-control-1024",
+            "alpha": "pixart-alpha-xl-1024",
+            "dmd": "pixart-alpha-dmd-512",
+            "toy": "pixart-delta-toy",
+        },
+        makes="image",
+        inputs=(
+            PROMPT,
+            CONTROL_IMAGE,
+            CONTROL_KIND,
+            CONTROL_SCALE,
+            replace(NEGATIVE_PROMPT, help="what to keep out of the picture; counts only with guidance"),
+            WIDTH,
+            HEIGHT,
+            replace(STEPS, default=None, by_walk=DISTILLED_STEPS),
+            replace(GUIDANCE, default=None, by_walk=DISTILLED_GUIDANCE),
+            SEED,
+            COUNT,
+            replace(SCHEDULER, choices=(*(SCHEDULER.choices or ()), *filter(None, DISTILLED_STEPS))),
+            NULL_CAPTION,
+            CONTROL_START,
+            CONTROL_END,
+            MICRO_RATIO,
+            LORA,
+            LORA_SCALE,
+        ),
     ),
     Model(
         name="dit",
@@ -189,6 +337,7 @@ MODELS = index(
             SEED,
             COUNT,
             replace(SCHEDULER, choices=(*(SCHEDULER.choices or ()), "learned-range")),
+            GUIDANCE_CHANNELS,
         ),
     ),
 )
@@ -212,11 +361,26 @@ def find(reference: str) -> tuple[Model, str | None]:
 
 
 def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]:
-    """The tag asked for, else the best installed one, with its facts and folder. Raises not_installed."""
+    """The tag asked for, else the best installed one, with its facts and folder. Raises not_installed.
+
+    A published checkpoint of several repositories is put together here; that may raise corrupt_weights,
+    disk_full, output_not_writable.
+    """
     for candidate in (tag,) if tag else row.weights:
-        folder = store.find(row.weights[candidate])
-        if folder is not None:
+        key = row.weights[candidate]
+        if store.find(key) is None:
+            continue
+        try:
+            folder = store.prepare(key)
+            _check_family(row, candidate, folder)
             return candidate, row.checkpoint(candidate), folder
+        except store.CorruptWeights as error:
+            message = f"The weights {row.name}:{candidate} are damaged: {error}."
+            raise GenError(message, "Fetch them again.", "corrupt_weights") from error
+        except OSError as error:
+            from gen import library
+
+            raise library.disk_error(error, library.home()) from error
     if tag is None:
         recipe = next((facts.recipe for facts in map(row.checkpoint, row.weights) if facts.recipe), "")
         raise GenError(
@@ -224,13 +388,48 @@ def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]
             f"Train small ones (gen train {recipe}), or get published ones: gen show {row.name}",
             "not_installed",
         )
-    facts = row.checkpoint(tag)
-    how = f"hf download {facts.repo_id}" if facts.repo_id else f"gen train {facts.recipe}"
+    facts, parts = row.checkpoint(tag), store.lacking(row.weights[tag])
+    own = f"The weights {row.name}:{tag} are not on this machine."
+    if facts.repo_id and "transformer" not in parts:
+        raise GenError(
+            f"The weights {row.name}:{tag} are on this machine without their {_and(parts)}.",
+            f"{facts.repo_id} holds the transformer alone; the rest comes from another repository. Get it: "
+            f"hf download {facts.companions[0]}",
+            "not_installed",
+        )
     raise GenError(
-        f"The weights {row.name}:{tag} are not on this machine.",
-        f"Take installed ones (`gen list` marks them), or get these first: {how}",
+        own,
+        f"Take installed ones (`gen list` marks them), or get these first: {_way(facts)}",
         "not_installed",
     )
+
+
+def _check_family(row: Model, tag: str, folder: Path) -> None:
+    """Another family's checkpoint in the place of these weights is told before a value is judged by it."""
+    known = {row.checkpoint(one).pipeline for one in row.weights}
+    if (found := store.family(folder)) and found not in known:
+        raise GenError(
+            f"{folder} holds a {found}, and {row.name}:{tag} is a {' or '.join(sorted(known))}.",
+            "Another checkpoint lies in this folder: put the right one there, or see `gen list` for others.",
+            "corrupt_weights",
+        )
+
+
+def _way(facts: registry.Checkpoint) -> str:
+    """The commands by which a checkpoint comes to this machine."""
+    if not facts.repo_id:
+        return f"gen train {facts.recipe}"
+    fetch = " ".join(("hf download", facts.repo_id, *facts.files))
+    if not facts.family:
+        return fetch
+    return (
+        f"{fetch}, then gen convert FILE --as {facts.family} --output $GEN_WEIGHTS_DIR/{facts.key}, and for "
+        f"the other parts hf download {facts.companions[0]}"
+    )
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def installed(row: Model) -> list[str]:

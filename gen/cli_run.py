@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gen import catalog, printing
+from gen import catalog, pictures, printing
 from gen.errors import GenError, cancelled
 from gen.progress import Progress, duration
 from gen.request import DEVICES, DTYPES, Input, Request, Result, Settings
@@ -26,6 +26,8 @@ METAVARS = {
     "seed": "N",
     "choice": "NAME",
     "label": "CLASS",
+    "image": "FILE",
+    "lora": "NAME|PATH",
 }
 FILE_LIMIT = 2**24  # bytes of prompts
 EXAMPLES = {"prompt": "a red cube", "class_label": "red cube"}  # by Model.subject
@@ -116,20 +118,19 @@ def _input_option(of: Mapping[str, Input]) -> click.Option:
     """One flag for an input that several models may have; where they differ, their help says so by name."""
     one = next(iter(of.values()))
     several = one.name in ("prompt", "seed")
-    defaults = {model: other.default for model, other in of.items()}
+    defaults = {model: other.default_words() for model, other in of.items()}
     default = ""
     if len(set(defaults.values())) > 1:
-        default = "default " + ", ".join(f"{value} for {model}" for model, value in defaults.items())
-    elif one.default not in (None, ""):
-        default = f"default {one.default}"
-    known = of if len(catalog.MODELS) > len(of) and not several else ()
+        default = "default " + ", ".join(f"for {model} {words}" for model, words in defaults.items())
+    elif defaults and (words := next(iter(defaults.values()))) and not several:
+        default = f"default {words}"
     facts = [
-        one.limits() if one.kind not in ("size", "label") else "",
-        default,
-        f"for {', '.join(known)}" if known and one.kind == "label" else "",
+        _choices(of) if one.kind == "choice" else one.limits() if one.kind not in ("size", "label") else "",
+        default if one.kind != "size" and one.default != "default" else "",
+        f"for {', '.join(of)}" if len(of) < len(catalog.MODELS) and not several else "",
         "may be given several times" if several else "",
     ]
-    remarks = ", ".join(fact for fact in facts if fact)
+    remarks = "; ".join(fact for fact in facts if fact)
     return _option(
         f"--{one.name.replace('_', '-')}",
         env=not several,
@@ -138,6 +139,17 @@ def _input_option(of: Mapping[str, Input]) -> click.Option:
         metavar=METAVARS[one.kind],
         help=one.help[0].upper() + one.help[1:] + (f" ({remarks})." if remarks else "."),
     )
+
+
+def _choices(of: Mapping[str, Input]) -> str:
+    """`one of a, b; for dit also c`."""
+    offered = {model: one.choices or () for model, one in of.items()}
+    common = [
+        word for word in next(iter(offered.values())) if all(word in words for words in offered.values())
+    ]
+    more = {model: [word for word in words if word not in common] for model, words in offered.items()}
+    also = (f"for {model} also {', '.join(words)}" for model, words in more.items() if words)
+    return "; ".join((f"one of {', '.join(common)}", *also))
 
 
 # --- what to draw ----------------------------------------------------------------------------------------
@@ -309,9 +321,23 @@ def _differences(recipe: Mapping[str, Any], request: Request) -> list[str]:
     changed = [
         f"{name} {old[name]}, now {new[name]}" for name in new if old.get(name, new[name]) != new[name]
     ]
+    if "lora_fingerprint" in recipe["weights"]:
+        found += _other_lora(recipe, request)
     if changed:
         found.append(f"versions have changed since ({'; '.join(changed)}): pixels may differ slightly")
     return found
+
+
+def _other_lora(recipe: Mapping[str, Any], request: Request) -> list[str]:
+    from gen import loader
+    from weights import store
+
+    lora = request.inputs.get("lora")
+    now = store.fingerprint(loader.adapter(lora).parent) if lora else "none"
+    then = recipe["weights"]["lora_fingerprint"]
+    return (
+        [f"the LoRA is not that of then ({then}, now {now}): expect another picture"] if now != then else []
+    )
 
 
 # --- drawing ----------------------------------------------------------------------------------------
@@ -361,9 +387,10 @@ def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> N
         if plan["peak_bytes"]:
             memory += f", the program {plan['peak_bytes'] / 2**20:,.0f} MiB in all when last drawn"
         seconds = plan["seconds"]
+        given = [(name, value) for name, value in request.inputs.items() if value is not None]
         facts = {
             "model": f"{request.model}:{request.weights}" + (" (TOY weights)" if plan["toy"] else ""),
-            **request.inputs,
+            **{name: pictures.words(value) if isinstance(value, dict) else value for name, value in given},
             "seed": request.seed,
             "count": request.count,
             "output": plan["output"],

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gen import catalog, cli_run, printing
+from gen.convert import DTYPES as CONVERTED_DTYPES
 from gen.errors import GenError, did_you_mean
 from gen.progress import Progress
 from gen.request import DEVICES
+from weights.convert import FAMILIES
 
 if TYPE_CHECKING:
     from gen.library import Entry
@@ -122,7 +124,7 @@ def show(model: str, as_json: bool) -> None:
     printing.line(f"\nOptions with {row.name}:{tag}")
     table = [("OPTION", "DEFAULT", "LIMITS", "MEANING")]
     for one in inputs:
-        default = "(required)" if one.required else "" if one.default is None else str(one.default)
+        default = "(required)" if one.required else one.default_words()
         table.append((f"--{one.name.replace('_', '-')}", default, one.limits(), one.help))
     printing.table(table)
 
@@ -219,14 +221,20 @@ def train(
 
 @cli.command(short_help="Measure the quality of weights.")
 @click.argument("name")
-@click.option("--prompts", type=click.IntRange(1, 100_000), default=512, show_default=True, help="How many.")
-@click.option("--steps", type=click.IntRange(1, 200), help="Denoising steps, default the model's own number.")
+@click.option("--prompts", type=click.IntRange(1, 100_000), help="How many, default as for the record.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps, default the model's own.")
 @DEVICE
 @click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Save a sheet of pictures.")
 @click.option("--record", is_flag=True, help="Write the table into the weights' own record.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(
-    name: str, prompts: int, steps: int | None, device: str, grid: Path | None, record: bool, as_json: bool
+    name: str,
+    prompts: int | None,
+    steps: int | None,
+    device: str,
+    grid: Path | None,
+    record: bool,
+    as_json: bool,
 ) -> None:
     """Measure weights, e.g. pixart-sigma:toy, against what they are expected to reach."""
     from gen import evaluate as evaluation
@@ -241,12 +249,9 @@ def evaluate(
         printing.line(evaluation.markdown(table))
 
 
-FAMILIES = ("dit", "pixart-alpha", "pixart-sigma", "pixart-control")  # as in weights.convert
-
-
 @cli.command(short_help="Convert an official checkpoint.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--as", "family", type=click.Choice(FAMILIES), required=True, help="What the file holds.")
+@click.option("--as", "family", type=click.Choice([*FAMILIES]), required=True, help="What the file holds.")
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="Folder to write, default the file's name."
 )
@@ -263,7 +268,12 @@ FAMILIES = ("dit", "pixart-alpha", "pixart-sigma", "pixart-control")  # as in we
     type=click.Path(path_type=Path),
     help="A pipeline whose autoencoder, text encoder and scheduler to copy.",
 )
-@click.option("--dtype", type=click.Choice(("keep", "float32", "bfloat16", "float16")), default="keep")
+@click.option(
+    "--dtype",
+    type=click.Choice(CONVERTED_DTYPES),
+    default=CONVERTED_DTYPES[0],
+    help="Precision of the numbers.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def convert(
     file: Path,

@@ -11,16 +11,18 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gen import __version__, artifacts, catalog, library, loader
+from gen import __version__, artifacts, catalog, library, loader, pictures
 from gen.errors import GenError
-from gen.request import Event, Request, Result, Settings
+from gen.request import Event, Input, Request, Result, Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from weights.registry import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +37,21 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     row, _ = catalog.find(request.model)
     tag, facts, folder = catalog.choose(row, request.weights)
     width, height = (request.inputs.get(side, facts.native_size) for side in ("width", "height"))
+    arguments = {one.argument: _argument(one, request.inputs[one.name]) for one in row.inputs if one.argument}
     place = artifacts.prepare(settings.output, request.count, width * height)
 
     started = time.perf_counter()
     note = f"{row.name}:{tag}" + (" (TOY weights, coloured shapes only)" if facts.is_toy else "")
     yield Event(kind="stage", stage="loading", note=note, images=request.count)
     with _explained(request):
-        loaded = loader.load(row, folder, settings)
-        arguments = {one.argument: request.inputs[one.name] for one in row.inputs if one.argument}
-        _check(loaded.pipeline, arguments)
+        lora = request.inputs.get("lora"), request.inputs.get("lora_scale", 1.0)
+        loaded = loader.load(row, folder, settings, *lora)
+        _check(loaded.pipeline, row, arguments)
     loading = time.perf_counter() - started
     notes = (
-        *_unread(loaded.pipeline, row, request),
+        *_unread(loaded.pipeline, row, facts, request),
+        *_idle(row, request),
+        *(f"{one.label}: {words}." for one in row.inputs if (words := _changes(one, arguments))),
         *(_unknown(loaded.pipeline, row, request) if facts.is_toy else ()),
         *_slow(loaded),
     )
@@ -148,40 +153,66 @@ class _Picture:
         self._since = now
 
 
+def _argument(one: Input, value: Any) -> Any:
+    """What the pipeline is given: the value, or the picture that it refers to. Raises bad_input."""
+    return pictures.read(value) if one.kind == "image" and value is not None else value
+
+
+def _changes(one: Input, arguments: Mapping[str, Any]) -> str:
+    """What was done to a picture that was handed in."""
+    picture = arguments.get(one.argument) if one.kind == "image" else None
+    return "" if picture is None else pictures.changes(picture)
+
+
 def _expected(step: Any) -> Any:
     """The latents to look at: what the picture is going to be, where the solver knows it, else the noisy
     ones."""
     return step.latents if step.denoised is None else step.denoised
 
 
-def _check(pipeline: Any, arguments: dict[str, Any]) -> None:
+def _check(pipeline: Any, row: catalog.Model, arguments: dict[str, Any]) -> None:
     try:
         pipeline.check(**arguments)
     except ValueError as error:  # the catalog's limits should have caught it; the pipeline has the last word
-        raise GenError(
-            f"The model refuses this: {error}", "`gen show` lists what it takes.", "bad_input"
-        ) from error
+        said = str(error)
+        for one in row.inputs:  # in the words that people typed
+            said = said.replace(one.argument, one.name) if one.argument else said
+        hint = f"`gen show {row.name}` lists what it takes."
+        raise GenError(f"The model refuses this: {said}.", hint, "bad_input") from error
 
 
-def _unread(pipeline: Any, row: catalog.Model, request: Request) -> Iterator[str]:
-    """A sentence for each text whose end the model does not read."""
+def _idle(row: catalog.Model, request: Request) -> Iterator[str]:
+    """A sentence for each value that changes nothing, because the one it belongs to is missing."""
+    labels = {one.name: one.label for one in row.inputs}
     for one in row.inputs:
-        if one.kind != "text" or not row.max_tokens:
+        if (
+            one.only_with
+            and request.inputs[one.only_with] is None
+            and request.inputs[one.name] != one.default
+        ):
+            yield f"{one.label} changes nothing without {labels[one.only_with]}."
+
+
+def _unread(pipeline: Any, row: catalog.Model, facts: Checkpoint, request: Request) -> Iterator[str]:
+    """A sentence for each text whose end the model does not read."""
+    limit = facts.max_tokens
+    for one in row.inputs:
+        if one.kind != "text" or not limit:
             continue
         text = request.inputs[one.name]
         tokens = pipeline.count_tokens(text)
-        if tokens <= row.max_tokens:
+        if tokens <= limit:
             continue
         # The longest beginning, in whole words, that is read in full.
         words = text.split()
         read = bisect.bisect_right(
             range(len(words)),
-            row.max_tokens,
+            limit,
             key=lambda count: pipeline.count_tokens(" ".join(words[:count])),
         )
         rest = " ".join(words[read - 1 :])
         cut = rest if len(rest) <= 200 else rest[:197] + "..."
-        yield f'{one.label} has {tokens} tokens, of which the model reads {row.max_tokens}. Not read: "{cut}"'
+        yield f'{one.label} has {tokens} tokens, of which the model reads {limit}. Not read: "{cut}"'
 
 
 def _unknown(pipeline: Any, row: catalog.Model, request: Request) -> Iterator[str]:
@@ -223,6 +254,7 @@ def _entry(
             "fingerprint": loaded.fingerprint,
             "licence": facts.licence,
             "toy": facts.is_toy,
+            **({"lora_fingerprint": loaded.lora} if loaded.lora else {}),
         },
         "settings": {"device": loaded.device, "dtype": loaded.dtype, "attention": loaded.attention},
         "versions": versions(),

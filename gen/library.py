@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gen.errors import GenError
+from weights.store import home as home
 
 # Applied in order, each once, and never edited afterwards: a library in the wild has already run them.
 MIGRATIONS: tuple[str, ...] = (
@@ -42,14 +43,6 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     "CREATE INDEX results_by_time ON results (created DESC)",
 )
-
-
-def home() -> Path:
-    """GEN_HOME: the folder of everything the studio keeps. Not created here."""
-    if given := os.environ.get("GEN_HOME"):
-        return Path(given).expanduser().absolute()
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return data / "gen-studio"
 
 
 def outputs() -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 from gen.catalog import Model
 from gen.errors import GenError
 from gen.request import Settings
-from weights import store
+from weights import registry, store
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,20 @@ class Loaded:
     attention: str
     fingerprint: str  # of the weights
     bytes: int
+    lora: str = ""  # fingerprint of what is merged into them
 
 
 _kept: OrderedDict[tuple[str, ...], Loaded] = OrderedDict()  # least recently used first
 _lock = threading.Lock()  # one load at a time: two would need the memory twice
 
 
-def load(row: Model, folder: Path, settings: Settings) -> Loaded:
+def load(
+    row: Model, folder: Path, settings: Settings, lora: str | None = None, lora_scale: float = 1.0
+) -> Loaded:
     """The pipeline of these weights with these settings, from memory or from disk.
+
+    `lora`: low-rank changes to merge into them, as Request holds them. A pipeline with such changes is one of
+    its own: runs that go on with the plain weights do not see them.
 
     Raises GenError: corrupt_weights, not_installed, bad_input (a device that is not there), out_of_memory.
     """
@@ -55,11 +61,26 @@ def load(row: Model, folder: Path, settings: Settings) -> Loaded:
             device, dtype = choose_device(settings)
             if verified is not None:
                 verified.result()
-        key = (row.pipeline, fingerprint, device, dtype, settings.attention)
+        merged = adapter(lora) if lora else None
+        change = (store.fingerprint(merged.parent), f"{lora_scale:g}") if merged else ("", "")
+        key = (row.pipeline, fingerprint, device, dtype, settings.attention, *change)
         if key in _kept:
             _kept.move_to_end(key)
             return _kept[key]
-        return _keep(key, pipeline_class, folder)
+        return _keep(key, pipeline_class, folder, merged, lora_scale)
+
+
+def adapter(lora: str) -> Path:
+    """The safetensors file of an adapter. Raises bad_input when it is gone or damaged."""
+    folder = store.find(lora) if lora in registry.CHECKPOINTS else Path(lora)
+    try:
+        if folder is None:
+            raise store.CorruptWeights(f"{lora} is no longer on this machine")
+        store.verify_adapter(folder)
+    except store.CorruptWeights as error:
+        hint = "Give another, or draw without it."
+        raise GenError(f"The LoRA cannot be used: {error}.", hint, "bad_input") from error
+    return folder / store.ADAPTER if folder.is_dir() else folder
 
 
 def forget() -> None:
@@ -68,10 +89,12 @@ def forget() -> None:
         _kept.clear()
 
 
-def _keep(key: tuple[str, ...], pipeline_class: Any, folder: Path) -> Loaded:
+def _keep(
+    key: tuple[str, ...], pipeline_class: Any, folder: Path, merged: Path | None, scale: float
+) -> Loaded:
     import torch
 
-    _, fingerprint, device, dtype, attention = key
+    _, fingerprint, device, dtype, attention, lora, _ = key
     needed = store.parameters(folder) * getattr(torch, dtype).itemsize
     while _kept and needed + sum(one.bytes for one in _kept.values()) > memory(device) // 2:
         old, _ = _kept.popitem(last=False)
@@ -87,6 +110,8 @@ def _keep(key: tuple[str, ...], pipeline_class: Any, folder: Path) -> Loaded:
         raise GenError(
             f"{message[0].upper()}{message[1:]}.", "Leave --attention out.", "bad_input"
         ) from error
+    if merged is not None:
+        _merge(pipeline.transformer, merged, scale)
     loaded = Loaded(
         pipeline=pipeline,
         device=device,
@@ -94,9 +119,23 @@ def _keep(key: tuple[str, ...], pipeline_class: Any, folder: Path) -> Loaded:
         attention=chosen,
         fingerprint=fingerprint,
         bytes=needed,
+        lora=lora,
     )
     _kept[key] = loaded
     return loaded
+
+
+def _merge(transformer: Any, file: Path, scale: float) -> None:
+    from pipelines import lora
+
+    try:
+        lora.merge(transformer, lora.load_lora(file), scale)
+    except ValueError as error:
+        raise GenError(
+            f"The LoRA cannot be merged into these weights: {error}.",
+            "Is it made for them? Leave --lora out to draw without it.",
+            "bad_input",
+        ) from error
 
 
 def resolve(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,12 +28,12 @@ TEXT_LIMIT = 4000  # characters; about three times what 300 tokens hold
 class Input:
     """One value that a model takes.
 
-    `default` None means: left out, the weights (width, height) or the program (seed) decide.
-    `argument` is the pipeline's own word for it; empty for values that the engine uses itself.
+    `default` None means: left out, the weights (width, height), the walk (`by_walk`) or the program (seed)
+    decide. `argument` is the pipeline's own word for it; empty for values that the engine uses itself.
     """
 
     name: str
-    kind: str  # text | integer | number | choice | label | seed | size: a key of CHECKS
+    kind: str  # text | integer | number | choice | label | seed | size | image | lora: a key of CHECKS
     label: str
     help: str
     argument: str
@@ -43,14 +44,27 @@ class Input:
     choices: tuple[str, ...] | None = None
     required: bool = False
     advanced: bool = False
+    by_walk: Mapping[str, Any] | None = None  # scheduler -> what None becomes; "": those not named
+    only_with: str | None = None  # the input without which this one changes nothing
+    needs: Mapping[str, str] | None = None  # value -> the sub-folder of the weights it needs; "" is any value
 
     def check(self, value: Any) -> Any:
         """The value in its normal form and type; None, or "" for what is no text, becomes the default."""
-        if value is None or (value == "" and self.kind != "text"):
+        if left_out(value) and (value is None or self.kind != "text"):
             if self.required:
                 raise self.error(f"{self.label} is missing.", f"Give one: {self.help}")
             return self.default
         return CHECKS[self.kind](self, value)
+
+    def check_parts(self, value: Any, folder: Path) -> None:
+        """Raise bad_input when the weights in the folder lack the part that this value needs."""
+        for wanted, part in (self.needs or {}).items():
+            if wanted in ("", value) and not (folder / part).is_dir():
+                what = f"{self.label} '{wanted}'" if wanted else self.label
+                raise self.error(
+                    f"{what} needs the part {part}/ of the weights, and these have none.",
+                    f"Take other weights, leave it out, or put the part into {folder}.",
+                )
 
     def error(self, message: str, hint: str) -> GenError:
         return GenError(message, hint, "bad_input")
@@ -59,17 +73,35 @@ class Input:
         """`64 to 256` and the like, for messages and help."""
         if self.kind == "label":
             return f"{len(self.choices)} classes, by name or number" if self.choices else ""
-        if self.choices:
+        if self.choices and self.kind != "lora":
             return "one of " + ", ".join(self.choices)
         if self.minimum is None or self.maximum is None:
             return ""
         steps = f" in steps of {self.step:g}" if self.kind == "size" else ""
         return f"{self.minimum:g} to {self.maximum:g}{steps}"
 
+    def default_words(self) -> str:
+        """What is taken when it is left out: `20`, or `20 (4 with lcm)`; empty for nothing."""
+        if self.by_walk is None:
+            return "" if self.default in (None, "") else f"{self.default}"
+        if "default" in self.by_walk:  # these weights' own
+            return f"{self.by_walk['default']:g}"
+        walks: dict[Any, list[str]] = {}
+        for walk, value in self.by_walk.items():
+            walks.setdefault(value, []).append(walk)
+        others = (f"{value:g} with {' or '.join(of)}" for value, of in walks.items() if "" not in of)
+        return f"{self.by_walk['']:g} ({', '.join(others)})"
+
     def to_json(self) -> dict[str, Any]:
         """The schema of this input, as `gen show --json` and the API give it."""
-        shown = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "argument"}
+        hidden = ("argument", "needs")
+        shown = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in hidden}
         return {name: value for name, value in shown.items() if value is not None}
+
+
+def left_out(value: Any) -> bool:
+    """None and empty text; an array is asked nothing."""
+    return value is None or (isinstance(value, str) and not value)
 
 
 def _shown(value: Any) -> str:
@@ -174,6 +206,9 @@ def _called(names: tuple[str, ...], text: str) -> list[int]:
 def _check_label(of: Input, value: Any) -> str:
     """A class by number or by one of its names. `choices` holds the names of each class, comma-separated."""
     names = of.choices or ()
+    if not names:
+        message = "These weights do not say which classes they know: they are damaged, or not here."
+        raise of.error(message, "Fetch them again, or see `gen list` for others.")
     if not isinstance(value, str) or value.strip().isdecimal():
         whole = Input(
             name=of.name,
@@ -220,6 +255,36 @@ def _check_size(of: Input, value: Any) -> int:
     return size
 
 
+def _check_image(of: Input, value: Any) -> dict[str, str]:
+    """Anything that is a picture becomes its reference; see `gen.pictures`."""
+    from gen import pictures
+
+    return pictures.keep(value, of.label)
+
+
+def _check_lora(of: Input, value: Any) -> str:
+    """A published adapter by its key, or the absolute path of a folder or file with one."""
+    from weights import registry, store
+
+    if not isinstance(value, str | os.PathLike):
+        raise of.error(f"{of.label} must be a name or a path, not {_shown(value)}.", of.help + ".")
+    known = [key for key, row in registry.CHECKPOINTS.items() if row.adapts]
+    if value in known:
+        folder = store.find(str(value))
+        if folder is None:
+            repo = registry.CHECKPOINTS[str(value)].repo_id
+            message = f"The adapter {value} is not on this machine."
+            raise GenError(message, f"Get it: hf download {repo}", "not_installed")
+    else:
+        folder = Path(value).expanduser().absolute()
+    try:
+        store.verify_adapter(folder)
+    except store.CorruptWeights as error:
+        hint = did_you_mean(str(value), known) or f"Published ones: {', '.join(known)}."
+        raise of.error(f"{of.label} cannot be used: {error}.", hint) from error
+    return str(value) if value in known else str(folder)
+
+
 CHECKS = {
     "text": _check_text,
     "integer": _check_integer,
@@ -228,7 +293,25 @@ CHECKS = {
     "label": _check_label,
     "seed": _check_seed,
     "size": _check_size,
+    "image": _check_image,
+    "lora": _check_lora,
 }
+
+
+def _sent_image(of: Input, value: Any) -> Any:
+    """Text from a stranger is base64 and never a path: that would read any file of this machine."""
+    return {"data": value} if isinstance(value, str) and value else value
+
+
+def _sent_lora(of: Input, value: Any) -> Any:
+    """A stranger may name what is published, and no path."""
+    if left_out(value) or value in (of.choices or ()):
+        return value
+    known = ", ".join(of.choices or ()) or "none are installed"
+    raise of.error(f"{of.label} cannot be {_shown(value)}.", f"Those that can be named here: {known}.")
+
+
+SENT = {"image": _sent_image, "lora": _sent_lora}  # kinds that are narrower for strangers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +342,7 @@ class Request:
         from gen import catalog
 
         row, tag = catalog.find(model)
-        tag, _, _ = catalog.choose(row, tag)
+        tag, _, folder = catalog.choose(row, tag)
         inputs = {one.name: one for one in row.inputs_for(tag)}
         given = dict(values)
         for name, value in (("seed", seed), ("count", count)):
@@ -268,7 +351,15 @@ class Request:
         for name in given:
             if name not in inputs:
                 raise catalog.not_taken(row, name)
+        for name, one in inputs.items():
+            if not left_out(given.get(name)) and (
+                one.only_with is None or not left_out(given.get(one.only_with))
+            ):
+                one.check_parts(given[name], folder)
         checked = {name: one.check(given.get(name)) for name, one in inputs.items()}
+        for name, one in inputs.items():
+            if checked[name] is None and one.by_walk is not None:
+                checked[name] = one.by_walk.get(checked["scheduler"], one.by_walk[""])
         drawn = checked.pop("seed")
         return cls(
             model=row.name,
@@ -299,8 +390,13 @@ class Request:
         }
 
     @classmethod
-    def from_json(cls, data: Any) -> Request:
-        """Read what to_json wrote, or what a stranger sent: everything is checked again."""
+    def from_json(cls, data: Any, trusted: bool = False) -> Request:
+        """Read what to_json wrote, or what a stranger sent: everything is checked again.
+
+        `trusted`: it comes from this machine, from its library say, and may name files.
+        """
+        from gen import catalog
+
         if not isinstance(data, Mapping):
             raise GenError(
                 "A request must be a JSON object.", 'Send {"model": ..., "inputs": {...}}.', "bad_input"
@@ -324,9 +420,17 @@ class Request:
                 'Send {"model": "pixart-sigma", "inputs": {"prompt": "a red cube"}}.',
                 "bad_input",
             )
-        return cls.build(
-            f"{model}:{weights}" if weights else model, inputs, data.get("seed"), data.get("count")
-        )
+        reference = f"{model}:{weights}" if weights else model
+        if not trusted:
+            row, tag = catalog.find(reference)
+            careful = {
+                one.name: one for one in row.inputs_for(tag or next(iter(row.weights))) if one.kind in SENT
+            }
+            inputs = {
+                name: SENT[careful[name].kind](careful[name], value) if name in careful else value
+                for name, value in inputs.items()
+            }
+        return cls.build(reference, inputs, data.get("seed"), data.get("count"))
 
 
 def draw_seed() -> int:

@@ -100,6 +100,29 @@ def tiny_dit_folder(tiny_toy_folder: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_delta_folder(tiny_toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny toy folder with an LCM schedule and a control branch of random numbers that does something."""
+    import torch
+
+    from pipelines.lcm import LCMSolver
+    from pipelines.models.pixart_control import PixArtControlNet
+    from pipelines.pixart_delta import PixArtDeltaPipeline
+
+    folder = tmp_path_factory.mktemp("toy") / "pixart-delta"
+    pipeline = PixArtDeltaPipeline.from_pretrained(tiny_toy_folder)
+    pipeline.scheduler = LCMSolver(prediction_type="v_prediction")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(2)
+        # At initialisation the transformer's last layers are as good as silent, and the branch's are zero.
+        for network in (pipeline.transformer, PixArtControlNet.from_transformer(pipeline.transformer, 1)):
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        pipeline.attach(network)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def write_tokenizer(folder: Path) -> None:
     """A T5 tokenizer of whole words and letters; the empty prompt is one token, the end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -25,7 +25,11 @@ class Checkpoint:
     recipe: str = ""  # name for `gen train`; empty when the weights are not ours to make
     files: tuple[str, ...] = ()  # what to fetch of a repository, if not all of it
     family: str = ""  # for `gen convert --as`, when the files are in the official layout
-    companions: str = ""  # repository with the parts that this one lacks
+    pipeline: str = ""  # class in model_index.json
+    companions: tuple[str, ...] = ()  # repositories with the parts that this one may lack; one of them does
+    walk: str = ""  # the one it was distilled for: "lcm" or "one-step"; empty for any that take many steps
+    adapts: str = ""  # the checkpoint that these low-rank changes are made for
+    max_tokens: int = 0  # of a prompt; what goes beyond is cut, and said. 0: reads no text
     network: str = ""  # class of the network that denoises
     config: Mapping[str, Any] = field(default_factory=dict)  # its configuration, where it is no default
     parameters: int = 0  # of that network, tables of positions not counted
@@ -50,6 +54,16 @@ TOY = Checkpoint(
     folder="toy/pixart-sigma",
     is_toy=True,
     recipe="pixart-sigma:toy",
+    pipeline="PixArtSigmaPipeline",
+    max_tokens=300,
+)
+DELTA_TOY = replace(
+    TOY,
+    key="pixart-delta-toy",
+    summary="Embedded: coloured shapes on a ground in 4 steps, with a control branch for edges",
+    folder="toy/pixart-delta",
+    recipe="pixart-delta:toy",
+    walk="lcm",
 )
 
 JUDGE = replace(
@@ -58,6 +72,8 @@ JUDGE = replace(
     summary="Embedded: reads shape, colour, size, material and position back from toy pictures",
     folder="toy/judge",
     recipe="judge:toy",
+    pipeline="",
+    max_tokens=0,
 )
 
 DIT_TOY = replace(
@@ -68,6 +84,24 @@ DIT_TOY = replace(
     largest=128,
     folder="toy/dit",
     recipe="dit:toy",
+    pipeline="DiTPipeline",
+    max_tokens=0,
+)
+
+DIT3D_TOY = replace(
+    DIT_TOY,
+    key="dit-3d-toy",
+    summary="Embedded: clouds of points of six families of shapes, trained within the hour",
+    folder="toy/dit-3d",
+    recipe="dit-3d:toy",
+)
+
+CLOUD_JUDGE = replace(
+    DIT3D_TOY,
+    key="cloud-judge-toy",
+    summary="Embedded: reads the family and the parts of clouds of points",
+    folder="toy/cloud-judge",
+    recipe="cloud-judge:toy",
 )
 
 _PIXART = {
@@ -106,7 +140,9 @@ XL_1024 = Checkpoint(
     smallest=512,
     largest=2048,
     repo_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
-    companions="PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+    pipeline="PixArtSigmaPipeline",
+    companions=("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+    max_tokens=300,
     network="PixArtTransformer2DModel",
     config=_pixart(1024, scale=2),
     parameters=_SIGMA_PARAMETERS,
@@ -137,34 +173,50 @@ def _official_sigma(repo: str, size: int) -> Checkpoint:
     )
 
 
+# All alpha models have the same text encoder and autoencoder, so that any complete one completes the others.
+_ALPHA = ("PixArt-alpha/PixArt-LCM-XL-2-1024-MS", "PixArt-alpha/PixArt-XL-2-1024-MS")
 LCM_1024 = replace(
     XL_1024,
     key="pixart-delta-xl-1024",
     summary="PixArt-delta XL/2, distilled to 4 steps (LCM), 1024 pixels",
     repo_id="PixArt-alpha/PixArt-LCM-XL-2-1024-MS",
-    companions="",
+    pipeline="PixArtAlphaPipeline",
+    companions=_ALPHA,
+    walk="lcm",
+    max_tokens=120,
     config=_pixart(1024, scale=2, micro=True),
     parameters=_SIGMA_PARAMETERS + _MICRO_PARAMETERS,
+)
+ALPHA_1024 = replace(
+    LCM_1024,
+    key="pixart-alpha-xl-1024",
+    summary="PixArt-alpha XL/2, which the distilled ones and LCM-LoRA start from, 1024 pixels",
+    repo_id="PixArt-alpha/PixArt-XL-2-1024-MS",
+    walk="",
 )
 LCM_LORA = replace(
     LCM_1024,
     key="pixart-delta-xl-1024-lora",
     summary="LCM-LoRA of rank 32 for PixArt-alpha XL/2 at 1024 pixels",
     repo_id="PixArt-alpha/PixArt-LCM-LoRA-XL-2-1024-MS",
+    adapts=ALPHA_1024.key,
+    pipeline="",
+    companions=(),
     network="",
     config={},
     parameters=0,
 )
 DMD_512 = replace(
-    XL_1024,
+    LCM_1024,
     key="pixart-alpha-dmd-512",
     summary="PixArt-alpha XL/2, distilled to one step (DMD), 512 pixels",
     native_size=512,
     smallest=256,
     largest=1024,
     repo_id="PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512",
-    companions="",
+    walk="one-step",
     config=_pixart(512, scale=1),
+    parameters=_SIGMA_PARAMETERS,
 )
 CONTROL_1024 = replace(
     LCM_1024,
@@ -173,6 +225,7 @@ CONTROL_1024 = replace(
     repo_id="PixArt-alpha/PixArt-ControlNet",
     files=("PixArt-XL-2-1024-ControlNet.pth",),
     family="pixart-control",
+    walk="",
     network="PixArtControlNet",
     config={key: _PIXART[key] for key in ("num_attention_heads", "attention_head_dim", "cross_attention_dim")}
     | {"num_layers": 13},
@@ -184,6 +237,9 @@ HED = replace(
     summary="HED: edges of a picture, for control images",
     repo_id="PixArt-alpha/PixArt-alpha",
     files=("ControlNetHED.pth",),
+    adapts="",
+    walk="",
+    max_tokens=0,
 )
 
 
@@ -197,6 +253,7 @@ def _dit(size: int) -> Checkpoint:
         smallest=size,
         largest=size,
         repo_id=f"facebook/DiT-XL-2-{size}",
+        pipeline="DiTPipeline",
         network="DiTTransformer2DModel",
         config={
             "num_attention_heads": 16,
@@ -226,6 +283,7 @@ CHECKPOINTS = index(
     _official_sigma("1024-MS", 1024),
     *(_official_sigma(repo, size) for repo, size in _SIGMA_SIZES),
     LCM_1024,
+    ALPHA_1024,
     LCM_LORA,
     DMD_512,
     CONTROL_1024,
@@ -233,6 +291,9 @@ CHECKPOINTS = index(
     _dit(256),
     _dit(512),
     TOY,
+    DELTA_TOY,
     DIT_TOY,
+    DIT3D_TOY,
     JUDGE,
+    CLOUD_JUDGE,
 )

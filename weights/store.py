@@ -3,7 +3,8 @@ torch.
 
 Embedded weights lie in weights/toy/<name>; the folder named by the environment variable GEN_WEIGHTS_DIR is
 looked into first (it holds toy/<name>, or <key> for any other checkpoint). Published ones are found in the
-Hugging Face cache when they are complete there.
+Hugging Face cache. Many published repositories hold the transformer alone: `prepare` joins it with the parts
+of a companion repository, by links, in GEN_HOME/assembled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,41 +26,210 @@ DTYPE_BYTES = {
 }  # fmt: skip
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 SUMS = "SHA256SUMS"
+ADAPTER = "adapter_model.safetensors"
 
 
 class CorruptWeights(ValueError):
     """A folder of weights is not what it should be; the message names the file."""
 
 
+def home() -> Path:
+    """GEN_HOME: the folder of everything the studio keeps. Not created here."""
+    if given := os.environ.get("GEN_HOME"):
+        return Path(given).expanduser().absolute()
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return data / "gen-studio"
+
+
 def find(key: str) -> Path | None:
-    """The folder of this checkpoint, or None when it is not on this machine. KeyError for an unknown key."""
+    """The folder of this checkpoint, or None when it, or a part of it, is not on this machine.
+
+    Where the folder has to be put together first, `prepare` makes it. KeyError for an unknown key.
+    """
     row = registry.CHECKPOINTS[key]
+    own = _own(row)
+    if own is None or row.folder or row.pipeline not in PARTS or _whole(own, row):
+        return own
+    try:
+        return None if lacking(key) else _assembled(row, _plan(row))
+    except CorruptWeights:
+        return own  # `prepare` tells which file is damaged
+
+
+def prepare(key: str) -> Path:
+    """The folder that `find` names, put together if it was not yet. Raises CorruptWeights, OSError."""
+    row, folder = registry.CHECKPOINTS[key], find(key)
+    assert folder is not None, f"{key} is not here: ask `find` first"
+    if folder == _own(row) and (row.folder or row.pipeline not in PARTS or _whole(folder, row)):
+        return folder
+    plan = _plan(row)
+    folder = _assembled(row, plan)
+    if folder.is_dir():
+        return folder
+    building = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)  # of a process that died
+    for name, source in plan.items():
+        (building / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, Path):
+            (building / name).symlink_to(source)
+        else:
+            (building / name).write_text(source, encoding="utf-8")
+    try:
+        building.rename(folder)
+    except OSError:
+        shutil.rmtree(building)
+        if not folder.is_dir():  # else another process was quicker, and what has this name has this content
+            raise
+    return folder
+
+
+def lacking(key: str) -> list[str]:
+    """The parts of a published checkpoint that are not on this machine; all of them when nothing is."""
+    row = registry.CHECKPOINTS[key]
+    own = _own(row)
+    if row.folder or row.pipeline not in PARTS:
+        return [] if own else [key]
+    if own is not None and _whole(own, row):
+        return []
+    found = _sources(row)
+    return [name for name in PARTS[row.pipeline] if name not in found and name != "scheduler"]
+
+
+def _own(row: registry.Checkpoint) -> Path | None:
+    """The folder of this checkpoint itself, whole or not."""
     places = [Path(__file__).parent / row.folder] if row.folder else []
     if extra := os.environ.get("GEN_WEIGHTS_DIR"):
         places.insert(0, Path(extra).expanduser() / (row.folder or row.key))
     for folder in places:
         if folder.is_dir():
             return folder.resolve()
-    return _cached(row.repo_id) if row.repo_id else None
+    return snapshot(row.repo_id) if row.repo_id else None
 
 
-def _cached(repo_id: str) -> Path | None:
-    """The snapshot that refs/main of the Hugging Face cache names, if every component of the pipeline is in
-    it.
+def snapshot(repo_id: str) -> Path | None:
+    """The folder that refs/main of the Hugging Face cache names for this repository, whole or not.
 
     Done by hand because importing huggingface_hub takes longer than the whole of `gen list`. Layout:
     hub/models--<org>--<name>/{refs/main, snapshots/<commit>/...}.
     """
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or cache / "hub")
     repo = hub.expanduser() / f"models--{repo_id.replace('/', '--')}"
     try:
-        commit = (repo / "refs" / "main").read_text().strip()
-        folder = repo / "snapshots" / commit
-        parts = components(folder)
-    except (OSError, CorruptWeights):
+        folder = repo / "snapshots" / (repo / "refs" / "main").read_text().strip()
+    except OSError:
         return None
-    return folder if all((folder / part).is_dir() for part in parts) else None
+    return folder if folder.is_dir() else None
+
+
+# --- checkpoints of several repositories -------------------------------------------------------------
+
+PARTS = {
+    name: ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    for name in ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
+} | {"DiTPipeline": ("vae", "transformer", "scheduler")}
+MORE = ("controlnet", "hed")  # read where they are present
+LIBRARIES = {"tokenizer": "transformers", "text_encoder": "transformers"}  # of all others: diffusers
+_LINEAR = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+}
+# Walk of a checkpoint -> the scheduler it is given: the one it was distilled for, and for others, which bring
+# or share one, the published solver in case that is missing.
+SCHEDULERS = {
+    "": {**_LINEAR, "_class_name": "DPMSolverMultistepScheduler", "solver_order": 2},
+    "lcm": {**_LINEAR, "_class_name": "LCMScheduler", "original_inference_steps": 50, "clip_sample": False},
+    "one-step": {**_LINEAR, "_class_name": "DDPMScheduler", "timestep": 400, "clip_sample": False},
+}
+# What a part must hold, so that half a download is not taken for one.
+_MARKS = {**CONFIGS, "transformer": "config.json", "text_encoder": "config.json", "vae": "config.json"}
+
+
+def _whole(folder: Path, row: registry.Checkpoint) -> bool:
+    """Whether the folder can be loaded as it is: every part is there, and the settings are right."""
+    try:
+        there = all((folder / part).is_dir() for part in components(folder))
+        return there and not _mended(folder, row)
+    except CorruptWeights:
+        return False
+
+
+def _mended(folder: Path, row: registry.Checkpoint) -> dict[str, str]:
+    """File -> content, for settings that the published files leave to the reader to know."""
+    files = {}
+    path = folder / "transformer" / "config.json"
+    if "use_additional_conditions" in row.config and path.is_file():
+        # Left out, diffusers takes it for True at 1024 pixels, and PixArt-Sigma has no such layers.
+        config = _json(path)
+        if config.get("use_additional_conditions") is None:
+            config["use_additional_conditions"] = row.config["use_additional_conditions"]
+            files["transformer/config.json"] = json.dumps(config, indent=2)
+    path = folder / "scheduler" / "scheduler_config.json"
+    stored = _json(path) if path.is_file() else {}
+    wanted = SCHEDULERS[row.walk]
+    # One step is not written in any published file.
+    if row.walk and (
+        stored.get("_class_name") != wanted["_class_name"] or "timestep" in wanted.keys() - stored
+    ):
+        files["scheduler/scheduler_config.json"] = json.dumps(wanted, indent=2)
+    return files
+
+
+def _sources(row: registry.Checkpoint) -> dict[str, Path]:
+    """Part -> the folder it is taken from: the checkpoint's own, else that of the first companion with it."""
+    own = _own(row)
+    shared = {name for name in PARTS[row.pipeline] if name != "transformer"}
+    if row.walk:
+        shared.discard("scheduler")  # a companion's walk is not the one this was distilled for
+    places = [(own, set(PARTS[row.pipeline])), *((_companion(repo), shared) for repo in row.companions)]
+    sources: dict[str, Path] = {}
+    for place, names in places:
+        for name in names:
+            if place is not None and (place / name / _MARKS[name]).is_file():
+                sources.setdefault(name, place / name)
+    return sources
+
+
+def _companion(repo_id: str) -> Path | None:
+    """Like `snapshot`, after a folder of the repository's name in GEN_WEIGHTS_DIR."""
+    extra = os.environ.get("GEN_WEIGHTS_DIR")
+    folder = Path(extra).expanduser() / repo_id.rpartition("/")[2] if extra else None
+    return folder.resolve() if folder is not None and folder.is_dir() else snapshot(repo_id)
+
+
+def _plan(row: registry.Checkpoint) -> dict[str, Path | str]:
+    """File of the assembled folder -> the file it is a link to, or its content. Raises CorruptWeights."""
+    own, sources = _own(row), _sources(row)
+    assert own is not None
+    sources |= {name: own / name for name in MORE if (own / name).is_dir()}
+    plan: dict[str, Path | str] = {
+        f"{name}/{path.relative_to(folder).as_posix()}": path
+        for name, folder in sources.items()
+        for path in _files(folder)
+    }
+    plan |= _mended(own, row)
+    plan.setdefault("scheduler/scheduler_config.json", json.dumps(SCHEDULERS[row.walk], indent=2))
+    index: dict[str, Any] = {"_class_name": row.pipeline}
+    for name in PARTS[row.pipeline]:
+        index[name] = [LIBRARIES.get(name, "diffusers"), _class_of(name, plan[f"{name}/{_MARKS[name]}"])]
+    plan["model_index.json"] = json.dumps(index, indent=2) + "\n"
+    return plan
+
+
+def _class_of(part: str, config: Path | str) -> str:
+    """The class that a part's configuration names."""
+    entries = _json(config) if isinstance(config, Path) else json.loads(config)
+    usual = {"tokenizer": "T5Tokenizer", "text_encoder": "T5EncoderModel"}
+    return usual.get(part) or str(entries.get("_class_name", ""))
+
+
+def _assembled(row: registry.Checkpoint, plan: dict[str, Path | str]) -> Path:
+    """Where a plan is carried out. The name follows from the content: a folder is never changed."""
+    digest = hashlib.sha256(repr(sorted((name, str(source)) for name, source in plan.items())).encode())
+    return home() / "assembled" / row.key / digest.hexdigest()[:12]
 
 
 def components(folder: Path) -> list[str]:
@@ -100,6 +271,17 @@ def _verify_component(folder: Path) -> None:
                 raise CorruptWeights(f"{folder / str(name)}: this file is missing")
     elif not any(folder.glob("*.safetensors")):
         raise CorruptWeights(f"{folder}: the *.safetensors file is missing")
+
+
+def verify_adapter(path: Path) -> None:
+    """Raise CorruptWeights, naming the file, unless a folder or file holds a low-rank adapter, whole."""
+    file = path / ADAPTER if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        raise CorruptWeights(f"{file} is neither a folder nor a safetensors file")
+    if not file.is_file():
+        raise CorruptWeights(f"{file}: this file is missing")
+    _json(file.with_name("adapter_config.json"))
+    read_header(file)
 
 
 def _verify_sums(folder: Path) -> None:
@@ -148,9 +330,12 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
             if size < 8 or length > min(HEADER_LIMIT, size - 8):
-                raise CorruptWeights(f"{path}: cut short, or not a safetensors file")
+                pickled = start[:1] == b"\x80" or start[:2] == b"PK"
+                what = "a pickle, and only safetensors are read" if pickled else "not a safetensors file"
+                raise CorruptWeights(f"{path}: cut short, or {what}")
             header = json.loads(file.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         spans = sorted(entry["data_offsets"] for entry in tensors.values())
@@ -180,6 +365,14 @@ def _count(shape: list[int]) -> int:
     for side in shape:
         count *= side
     return count
+
+
+def family(folder: Path) -> str:
+    """The class of pipeline that a folder is for, as its index says; empty when it says nothing."""
+    try:
+        return str(_json(folder / "model_index.json").get("_class_name") or "")
+    except CorruptWeights:
+        return ""
 
 
 def class_names(folder: Path) -> tuple[str, ...]:

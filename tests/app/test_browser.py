@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 
 import gen
 from gen import artifacts
-from tests.app.conftest import Server, looking
+from tests.app.conftest import Server, looking, serving
 
 LONG = {"Steps": 200, "Width": 256, "Height": 256}  # some seconds on one core
 
@@ -148,6 +150,99 @@ def test_a_closed_tab_does_not_end_the_job_and_the_next_one_picks_it_up(browser:
         assert steps_seen(page)[-1] >= first
         assert result(page)["width"] == 256
         expect(page.locator("#history").get_by_text("outlives its tab")).to_have_count(1)
+
+
+@pytest.fixture(scope="session")
+def others(
+    tiny_toy_folder: Path, tiny_dit_folder: Path, tiny_delta_folder: Path, tmp_path_factory
+) -> Iterator[Server]:
+    """A server with a model of classes and one that takes a control image."""
+    root = tmp_path_factory.mktemp("others")
+    (root / "toy").mkdir()
+    for folder in (tiny_toy_folder, tiny_dit_folder, tiny_delta_folder):
+        (root / "toy" / folder.name).symlink_to(folder)
+    with serving(tmp_path_factory.mktemp("home"), GEN_WEIGHTS_DIR=str(root)) as running:
+        yield running
+    talk = "".join(running.lines)
+    assert talk.count("Traceback") == talk.count("exceptions.InvalidPathError"), talk
+
+
+def choose(page: Page, model: str) -> None:
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name=model).click()
+
+
+def test_a_class_is_found_by_typing_and_drawn(browser: Browser, others: Server):
+    with looking(browser, others.url) as page:
+        choose(page, "dit:toy")
+        box = page.get_by_label("Class", exact=True)
+        box.click()
+        box.press_sequentially("crims")
+        expect(page.get_by_role("option")).to_have_count(1)
+        page.get_by_role("option", name="red cube, crimson box").click()
+        page.get_by_role("button", name="Generate").click()
+        assert result(page)["width"] == 128
+        expect(page.get_by_role("row", name="Class red cube")).to_be_visible()
+
+
+def test_a_control_image_shows_its_edges_steers_and_comes_back_from_the_history(
+    browser: Browser, others: Server, tmp_path: Path
+):
+    photo = Image.new("RGB", (200, 150), "white")
+    photo.paste("red", (60, 40, 140, 110))
+    photo.save(tmp_path / "a box.png")
+    (tmp_path / "no picture.png").write_text("words " * 99)
+    with looking(browser, others.url) as page:
+        choose(page, "pixart-delta:toy")
+        form = page.locator("#form")
+        field = form.locator("#pixart-delta-control_image")
+        field.locator("input[type=file]").set_input_files(tmp_path / "a box.png")
+        edges = form.get_by_alt_text("Edges found in the control image")
+        expect(edges).to_be_visible()
+        soft = edges.get_attribute("src")
+        form.get_by_label("Control kind").click()
+        page.get_by_role("option", name="canny").click()
+        expect(edges).not_to_have_attribute("src", soft)
+        form.locator("#pixart-delta-prompt textarea").fill("a red box")
+        page.get_by_role("button", name="Generate").click()
+        assert result(page)["width"] == 128
+        expect(page.get_by_role("row", name=re.compile(r"Control image a box\.png"))).to_be_visible()
+        expect(page.get_by_role("row", name="Steps 4")).to_be_visible()
+        kept = [*(others.home / "inputs").iterdir()]
+        assert len(kept) == 1
+
+        page.reload()
+        page.locator("#history").get_by_role("button", name="a red box").first.click()
+        page.get_by_role("button", name="Use this recipe").click()
+        expect(edges).to_be_visible()
+        expect(form.get_by_label("Control kind")).to_have_value("canny")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#history").get_by_role("button", name="a red box")).to_have_count(2)
+        first, second = (np.asarray(Image.open(path)) for path in others.files[-2:])
+        np.testing.assert_array_equal(first, second)
+        assert [*(others.home / "inputs").iterdir()] == kept
+
+        field.get_by_role("button", name=re.compile("remove|clear", re.I)).first.click()
+        expect(edges).to_be_hidden()
+        field.locator("input[type=file]").set_input_files(tmp_path / "no picture.png")
+        expect(form.get_by_text("is not a picture that can be read here")).to_be_visible()
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#message .message")).to_contain_text("is not a picture")
+
+
+def test_a_file_of_the_server_that_was_not_uploaded_cannot_be_named(others: Server, tmp_path: Path):
+    secret = tmp_path / "secret.png"
+    Image.effect_noise((64, 64), 90).save(secret)
+    before = sorted((others.home / "inputs").glob("*"))
+    config = httpx.get(f"{others.url}config").json()
+    (event,) = [one["id"] for one in config["dependencies"] if one["api_name"] == "preview_edges"]
+    image = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    body = {"data": ["pixart-delta:toy", image, "soft", 128, 128], "fn_index": event, "session_hash": "s"}
+    assert httpx.post(f"{others.url}gradio_api/queue/join", json=body).status_code == 200
+    with httpx.stream("GET", f"{others.url}gradio_api/queue/data?session_hash=s", timeout=60) as answer:
+        (told,) = [json.loads(line[5:]) for line in answer.iter_lines() if "process_completed" in line]
+    assert not told["success"]
+    assert sorted((others.home / "inputs").glob("*")) == before
 
 
 # ------------------------------------------------------------------------------------------------ history

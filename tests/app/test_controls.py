@@ -82,7 +82,13 @@ def test_lines_of_the_form_pair_sliders_and_leave_writing_its_width():
         ["null_caption"],
     ]
     lines = [[one.name for one in line] for line in page.in_lines(MODELS["dit"].inputs)]
-    assert lines == [["class_label"], ["steps", "guidance"], ["seed"], ["count", "scheduler"]]
+    assert lines == [
+        ["class_label"],
+        ["steps", "guidance"],
+        ["seed"],
+        ["count", "scheduler"],
+        ["guidance_channels"],
+    ]
 
 
 def test_classes_are_a_list_that_typing_searches():

@@ -1,5 +1,7 @@
 """The server around the page: who comes in, what REST answers, which files go out, how the command ends."""
 
+import base64
+import io
 import json
 import os
 import socket
@@ -15,7 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from app import server
-from gen import library
+from gen import library, pictures
 from gen.catalog import MODELS
 from gen.errors import GenError
 from tests.app.conftest import ROOT, serving
@@ -71,6 +73,76 @@ def test_models_are_the_catalog_with_what_is_installed(client: TestClient, weigh
     assert toy["installed"] and toy["toy"]
     width = {one["name"]: one for one in toy["inputs"]}["width"]
     assert (width["default"], width["minimum"], width["maximum"], width["step"]) == (128, 64, 256, 16)
+
+
+def a_picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_picture_comes_in_as_bytes_and_is_answered_with_its_reference(client: TestClient):
+    answer = client.post("/api/inputs", content=a_picture(), headers={"X-Name": "my%20photo.png"})
+    assert answer.status_code == 200
+    reference = answer.json()
+    assert reference == pictures.keep(reference)
+    assert reference["name"] == "my photo.png"
+    assert pictures.read(reference).size == (40, 30)
+
+
+def test_what_is_no_picture_or_too_large_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch):
+    for content, words in ((b"", "is empty"), (b"<svg/>" * 100, "is not a picture")):
+        answer = client.post("/api/inputs", content=content)
+        assert answer.status_code == 422
+        assert words in answer.json()["error"]["message"]
+    monkeypatch.setattr(pictures, "MOST_BYTES", 10)
+    answer = client.post("/api/inputs", content=a_picture())
+    assert answer.status_code == 422
+    assert "larger than" in answer.json()["error"]["message"]
+
+
+def test_a_request_is_drawn_with_a_picture_sent_as_base64(
+    client: TestClient, tiny_delta_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "pixart-delta").symlink_to(tiny_delta_folder)
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(tmp_path))
+    inputs = {"prompt": "a cube", "width": 64, "height": 64, "steps": 1}
+    inputs["control_image"] = {"data": base64.b64encode(a_picture()).decode(), "name": "red.png"}
+    answer = client.post("/api/generations", json={"model": "pixart-delta:toy", "inputs": inputs, "seed": 4})
+    assert answer.status_code == 202, answer.text
+    job = answer.json()["id"]
+    lines = client.get(f"/api/generations/{job}/events").text.splitlines()
+    last = json.loads(lines[-1])
+    assert last["event"] == "done", last
+    made = last["results"][0]["recipe"]["request"]["inputs"]["control_image"]
+    assert made["name"] == "red.png"
+    assert client.get(f"/api/generations/{job}").json() == {"id": job, "state": "done"}
+    assert client.delete(f"/api/generations/{job}").json()["state"] == "done"
+    assert client.get(f"/files/{last['results'][0]['id']}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"not json", 422, "is not JSON"),
+        (b"[" * 100_000, 422, "is not JSON"),
+        (b"[]", 422, "must be a JSON object"),
+        (b'{"model": "nothing"}', 404, "No model"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_in_words(
+    client: TestClient, body: bytes, status: int, words: str
+):
+    answer = client.post("/api/generations", content=body)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_job_that_nobody_knows_is_not_found(client: TestClient):
+    for path in ("/api/generations/nobody", "/api/generations/nobody/events"):
+        assert client.get(path).status_code == 404
+    assert client.delete("/api/generations/nobody").status_code == 404
 
 
 def test_a_file_goes_out_by_its_id_as_what_it_is(client: TestClient, home: Path):

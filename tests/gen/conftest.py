@@ -40,6 +40,17 @@ def installed_dit(installed, tiny_dit_folder, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def installed_delta(installed, tiny_delta_folder, tmp_path, monkeypatch) -> Path:
+    """pixart-delta:toy is on this machine as well, with its control branch."""
+    root = tmp_path / "weights"
+    (root / "toy").mkdir(parents=True)
+    (root / "toy" / "pixart-delta").symlink_to(tiny_delta_folder)
+    (root / "toy" / "pixart-sigma").symlink_to((installed / "toy" / "pixart-sigma").resolve())
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(root))
+    return root
+
+
+@pytest.fixture
 def draw(installed):
     """draw("a red cube", seed=1) -> the list of results, in two steps at 64 pixels unless told otherwise."""
 

@@ -21,7 +21,12 @@ WEIGHTS = pytest.mark.parametrize(
 @ROWS
 def test_the_pipeline_exists_and_takes_what_the_row_names(row):
     pipeline = loader.resolve(row.pipeline)
-    taken = inspect.signature(pipeline.denoise).parameters
+    taken = {  # with those that it hands on to the class it grew from
+        name
+        for one in pipeline.__mro__
+        if "denoise" in vars(one)
+        for name in inspect.signature(one.denoise).parameters
+    }
     for one in row.inputs:
         assert not one.argument or one.argument in taken, f"denoise takes no {one.argument}"
     for verb in ("from_pretrained", "check", "decode", "preview", "set_attention"):
@@ -37,6 +42,8 @@ def test_inputs_are_complete_and_their_names_single(row):
         assert one.kind in CHECKS
         assert one.label
         assert one.help
+        assert one.only_with is None or one.only_with in names
+        assert one.by_walk is None or ("" in one.by_walk and one.default is None)
         assert not one.name.startswith("-")
 
 
@@ -69,7 +76,7 @@ def test_a_reference_is_a_name_and_perhaps_a_tag():
 @pytest.mark.parametrize(
     ("reference", "hint"),
     [
-        ("pixart", "Did you mean pixart-sigma?"),
+        ("pixart", "Did you mean pixart-sigma, pixart-delta?"),
         ("", "The models are"),
         ("qqqq", "The models are"),
         ("pixart-sigma:tyo", "Did you mean toy?"),
@@ -108,4 +115,6 @@ def test_a_value_the_model_does_not_take_names_those_that_do(installed):
     narrow = replace(
         MODELS["pixart-sigma"], name="narrow", inputs=(catalog.PROMPT, catalog.SEED, catalog.COUNT)
     )
-    assert catalog.not_taken(narrow, "guidance").hint == "Models that take it: pixart-sigma, dit."
+    assert (
+        catalog.not_taken(narrow, "guidance").hint == "Models that take it: pixart-sigma, pixart-delta, dit."
+    )

@@ -98,6 +98,28 @@ def test_options_of_the_other_kind_are_refused_by_name(arguments, words, capsys)
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("place", "model"), [("dit", "dit:toy"), ("pixart-sigma", "pixart-sigma:toy")])
+def test_another_family_in_the_place_of_weights_is_told_before_anything_else(
+    place, model, installed_dit, tiny_dit_folder, tiny_toy_folder, capsys
+):
+    (installed_dit / "toy" / place).unlink()
+    (installed_dit / "toy" / place).symlink_to({"dit": tiny_toy_folder}.get(place, tiny_dit_folder))
+    assert cli.execute(["run", model, "red cube"]) == 4
+    said = capsys.readouterr().err
+    assert "holds a" in said and "Another checkpoint lies in this folder" in said
+    assert cli.execute(["list"]) == 0
+
+
+def test_classes_that_cannot_be_read_are_told(installed_dit, tiny_dit_folder, capsys):
+    import shutil
+
+    (installed_dit / "toy" / "dit").unlink()
+    folder = shutil.copytree(tiny_dit_folder, installed_dit / "toy" / "dit")
+    (folder / "transformer" / "config.json").write_text("{}")
+    assert cli.execute(["run", "dit:toy", "red cube"]) == 2
+    assert "do not say which classes they know" in capsys.readouterr().err
+
+
 def test_show_and_list_tell_of_its_classes(capsys):
     assert cli.execute(["show", "dit:toy"]) == 0
     assert "4 classes" in capsys.readouterr().out

@@ -273,7 +273,7 @@ def test_a_mistake_in_gen_toml_is_not_idle(gen, tmp_path, monkeypatch, text, wor
     [
         (["run"], 2, "No model is named"),
         (["run", "pixart-sigma"], 2, "no prompt"),
-        (["run", "pixart", "x"], 2, "Did you mean pixart-sigma?"),
+        (["run", "pixart", "x"], 2, "Did you mean pixart-sigma, pixart-delta?"),
         (["run", "pixart-sigma:tyo", "x"], 2, "Did you mean toy?"),
         (["run", "pixart-sigma:1024", "x"], 3, "not on this machine"),
         (["run", "pixart-sigma", "x", "--weights", "1024"], 3, "not on this machine"),
@@ -347,7 +347,10 @@ def test_an_option_that_only_other_models_take_names_them(gen, monkeypatch):
         code, _, err = gen("run", "plain", "x", *flag)
         assert code == 2
         assert "plain takes no option" in err
-    assert "Models that take it: pixart-sigma, dit." in gen("run", "plain", "x", "--guidance", "3")[2]
+    assert (
+        "Models that take it: pixart-sigma, pixart-delta, dit."
+        in gen("run", "plain", "x", "--guidance", "3")[2]
+    )
 
 
 def test_an_error_in_json_mode_is_an_envelope_too(gen):

@@ -55,6 +55,7 @@ def test_every_published_checkpoint_has_a_row():
         "PixArt-alpha/PixArt-Sigma-XL-2-2K-MS",
         "PixArt-alpha/PixArt-Sigma",
         "PixArt-alpha/PixArt-LCM-XL-2-1024-MS",
+        "PixArt-alpha/PixArt-XL-2-1024-MS",
         "PixArt-alpha/PixArt-LCM-LoRA-XL-2-1024-MS",
         "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512",
         "PixArt-alpha/PixArt-ControlNet",

@@ -93,6 +93,14 @@ def test_a_header_that_claims_more_than_the_limit_is_not_read(folder):
         store.verify(folder, checksums=False)
 
 
+def test_a_pickle_by_another_name_is_called_one(folder):
+    import pickle
+
+    (folder / NETWORK).write_bytes(pickle.dumps(["words"] * 99))
+    with pytest.raises(CorruptWeights, match="a pickle, and only safetensors are read"):
+        store.verify(folder)
+
+
 @pytest.mark.parametrize(
     "header",
     [
