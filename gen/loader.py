@@ -129,7 +129,7 @@ def _merge(transformer: Any, file: Path, scale: float) -> None:
     from pipelines import lora
 
     try:
-        lora.merge(transformer, lora.load_lora(file), scale)
+        lora.merge(transformer, lora.load_lora(file), scale, keep_originals=False)
     except ValueError as error:
         raise GenError(
             f"The LoRA cannot be merged into these weights: {error}.",

@@ -50,6 +50,7 @@ PARTS: Mapping[str, Part] = {
     "Transformer2DModel": _PIXART,  # what it was called when the checkpoints were published
     "PixArtControlNet": Part(ours="pipelines.models.pixart_control:PixArtControlNet"),
     "DiTTransformer2DModel": Part(ours="pipelines.models.dit:DiTTransformer2DModel"),
+    "HED": Part(ours="pipelines.models.hed:HED"),
     "DiT3DModel": Part(ours="pipelines.models.dit3d:DiT3DModel"),
     "AutoencoderKL": Part(
         ours="pipelines.models.autoencoder:AutoencoderKL", theirs="diffusers:AutoencoderKL"

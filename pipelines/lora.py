@@ -146,8 +146,10 @@ def _of_layer(pattern: Mapping[str, Any] | None, layer: str, otherwise: Any) -> 
 
 
 @torch.no_grad()
-def merge(model: nn.Module, lora: LoRA, scale: float = 1.0) -> Merged:
+def merge(model: nn.Module, lora: LoRA, scale: float = 1.0, *, keep_originals: bool = True) -> Merged:
     """Add the adapter to the model's weights, `scale` times; several may be merged one after the other.
+
+    Without originals kept the memory of the replaced weights is free again, and `unmerge` refuses.
 
     The sum is taken in float32 and rounded once to the weights' dtype. Raises ValueError, and changes
     nothing, unless every tensor of the file finds a layer of its shape.
@@ -171,7 +173,8 @@ def merge(model: nn.Module, lora: LoRA, scale: float = 1.0) -> Merged:
     originals = {}
     for name, pair in lora.pairs.items():
         weight = layers[name].weight
-        originals[name] = weight.data
+        if keep_originals:
+            originals[name] = weight.data
         weight.data = (weight.float() + scale * pair.change(weight.device)).to(weight.dtype)
     merged = Merged(
         layers=tuple(lora.pairs),
@@ -194,6 +197,8 @@ def unmerge(model: nn.Module, merged: Merged) -> None:
         raise ValueError("this adapter is not merged into this model")
     if stack[-1] is not merged:
         raise ValueError("another adapter was merged after this one; unmerge that first")
+    if merged.layers and not merged.originals:
+        raise ValueError("this adapter was merged without keeping the originals; load the weights again")
     for name, original in merged.originals.items():
         weight = model.get_submodule(name).weight
         weight.data = original.to(weight.device, weight.dtype)

@@ -97,6 +97,17 @@ PIXART = (
     Rule("final_layer.scale_shift_table", ("scale_shift_table",)),
 )
 
+# The network that finds edges for control; we keep its names
+HED = (
+    Rule("norm", ("norm",)),
+    *(
+        rule
+        for block, convs in enumerate((2, 2, 3, 3, 3), start=1)
+        for layer in (*(f"convs.{index}" for index in range(convs)), "projection")
+        for rule in _both(f"block{block}.{layer}", f"block{block}.{layer}")
+    ),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -399,6 +410,15 @@ def convert_pixart_control(state: State, given: Mapping[str, Any]) -> Conversion
     )
 
 
+def convert_hed(state: State, given: Mapping[str, Any]) -> Conversion:
+    """HED, which has one size only: for the folder `hed` beside a control branch."""
+    taker = _Taker(state)
+    renamed = taker.take(HED)
+    taker.finish("hed")
+    part = Part(name="hed", class_name="HED", config={}, state=renamed)
+    return Conversion(parts=(part,), tensors=taker.count, dropped=())
+
+
 Converter = Callable[[State, Mapping[str, Any]], Conversion]
 FAMILIES: Mapping[str, Converter] = {
     "dit": convert_dit,
@@ -406,6 +426,7 @@ FAMILIES: Mapping[str, Converter] = {
     "pixart-alpha": convert_pixart_alpha,
     "pixart-sigma": convert_pixart_sigma,
     "pixart-control": convert_pixart_control,
+    "hed": convert_hed,
 }
 
 

@@ -237,6 +237,7 @@ HED = replace(
     summary="HED: edges of a picture, for control images",
     repo_id="PixArt-alpha/PixArt-alpha",
     files=("ControlNetHED.pth",),
+    family="hed",
     adapts="",
     walk="",
     max_tokens=0,

@@ -113,3 +113,26 @@ def test_what_is_there_is_not_overwritten(official, capsys):
 def test_a_file_that_is_not_there_is_bad_input(tmp_path, capsys):
     assert cli.execute(["convert", str(tmp_path / "none.pt"), "--as", "dit"]) == 2
     assert "There is no file" in capsys.readouterr().err
+
+
+def test_the_published_edge_network_becomes_the_folder_a_control_branch_looks_for(tmp_path, capsys):
+    import numpy as np
+
+    from pipelines.models.hed import HED, edges, load_hed
+
+    torch.manual_seed(0)
+    state = {name: 0.05 * torch.randn(t.shape) for name, t in HED().state_dict().items()}
+    torch.save(state, tmp_path / "ControlNetHED.pth")
+    arguments = ["convert", str(tmp_path / "ControlNetHED.pth"), "--as", "hed", "-o", str(tmp_path / "out")]
+    assert cli.execute([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["tensors"] == len(state)
+    network = load_hed(tmp_path / "out" / "hed")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    picture = np.random.default_rng(0).random((32, 32, 3), np.float32)
+    assert edges(picture, "hed", network=network).shape == (32, 32)
+
+    del state["block5.projection.bias"]
+    torch.save(state, tmp_path / "cut.pth")
+    assert cli.execute(["convert", str(tmp_path / "cut.pth"), "--as", "hed", "-o", str(tmp_path / "no")]) != 0
+    assert "block5.projection.bias" in capsys.readouterr().err and not (tmp_path / "no").exists()

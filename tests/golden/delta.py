@@ -63,7 +63,9 @@ def check_control(case: Case) -> None:
 @torch.inference_mode()
 def check_hed(case: Case) -> None:
     network = HED()
-    network.load_state_dict(case.fill(case.shapes() or {k: v.shape for k, v in network.state_dict().items()}))
+    state = case.fill(case.shapes() or {k: v.shape for k, v in network.state_dict().items()})
+    (part,) = convert.convert(state, "hed").parts
+    network.load_state_dict(part.state)
     image = case.named("image", _image_shape(case)).sigmoid()
     projections = network.projections(image)
     found: dict[str, Any] = {f"proj{index}": one for index, one in enumerate(projections, 1)}

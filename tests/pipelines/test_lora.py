@@ -169,6 +169,17 @@ def test_unmerging_restores_every_bit(folder: Path, dtype: torch.dtype) -> None:
         unmerge(network, first)
 
 
+def test_originals_that_were_not_kept_cannot_be_put_back(folder: Path) -> None:
+    network, kept = model(), model()
+    merged = merge(network, load_lora(folder), keep_originals=False)
+    merge(kept, load_lora(folder))
+    for name, tensor in kept.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert not merged.originals
+    with pytest.raises(ValueError, match="without keeping the originals; load the weights again"):
+        unmerge(network, merged)
+
+
 def test_a_merged_model_can_be_saved_and_moved(folder: Path, tmp_path: Path) -> None:
     network = model()
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
