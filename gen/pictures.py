@@ -107,20 +107,13 @@ def edges(
 
     Raises bad_input, with the reason, for a kind that cannot be had here.
     """
-    import numpy
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     from pipelines.models import hed
 
-    # In floats, as the pipeline does it: hard edges would move with the rounding.
-    planes = (Image.fromarray(numpy.asarray(one, "float32") / 255) for one in read(reference).split())
-    size, way = (width, height), Image.Resampling.BILINEAR
-    picture = numpy.stack([numpy.asarray(ImageOps.fit(one, size, way)) for one in planes], 2).clip(0, 1)
-    if kind == "edges":  # it is an edge picture already
-        return Image.fromarray((picture.mean(2) * 255).round().astype("uint8"))
+    network = hed.load_hed(weights / "hed") if kind == "hed" and weights is not None else None
     try:
-        network = {"network": hed.load_hed(weights / "hed")} if kind == "hed" and weights is not None else {}
-        found = hed.edges(picture, kind, **network)
+        found = hed.edges_at(read(reference), kind, height, width, network)
     except ValueError as error:
         raise GenError(f"No edges: {error}.", "Choose another kind of control.", "bad_input") from error
     return Image.fromarray((found * 255).round().astype("uint8"))

@@ -31,7 +31,7 @@ from pipelines import Step, attention, components, schedulers
 from pipelines.bins import BINS
 from pipelines.latent_images import Generators, ImagePipelineOutput, Predict, check_choice
 from pipelines.lcm import LCMSolver, OneStep
-from pipelines.models.hed import EDGES, HED, control_picture, edges, load_hed, rgb
+from pipelines.models.hed import CONTROL_KINDS, EDGES, HED, control_picture, edges_at, load_hed, rgb
 from pipelines.models.network import read_json
 from pipelines.models.pixart_control import ControlledPixArt, PixArtControlNet
 from pipelines.pixart_sigma import PixArtSigmaPipeline
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"  # families, as model_index.json names them
 TOKENS = {ALPHA: 120, SIGMA: 300}
 MICRO_RATIOS = ("exact", "bin")
-DRAWN_EDGES = "edges"  # the control picture is an edge picture already
-CONTROL_KINDS = (*EDGES, DRAWN_EDGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,11 +389,7 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
             raise ValueError(f"control_image: {error}") from error
 
     def _edges(self, image: Image | np.ndarray, kind: str, size: tuple[int, int]) -> np.ndarray:
-        """(Y, X) of this size in pixels, float32 in 0..1. Edges are found after resizing, as published."""
-        fitted_YXC = _fit(rgb(image), *size)
-        if kind == DRAWN_EDGES:
-            return fitted_YXC.mean(axis=2)
-        return edges(fitted_YXC, kind, **({"network": self.hed} if kind == "hed" else {}))
+        return edges_at(image, kind, *size, network=self.hed)
 
     def _control_latents(
         self, image: Image | np.ndarray, kind: str, size: tuple[int, int], generator: Generators
@@ -436,21 +430,3 @@ def _offspring(generator: torch.Generator) -> torch.Generator:
     """On the CPU, of a seed that follows from the generator's, which is left as it is."""
     digest = hashlib.sha256(f"control picture {generator.initial_seed()}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-
-
-def _fit(image_YXC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resized until both sides are covered, cut from the centre: (height, width, C), float32 in 0..1."""
-    from PIL import Image as pil
-
-    rows, columns, channels = image_YXC.shape
-    ratio = max(height / rows, width / columns)
-    # Cut first, at fractions of a pixel: a long strip is not made large before most of it is dropped.
-    top, left = (rows - height / ratio) / 2, (columns - width / ratio) / 2
-    box = (max(left, 0), max(top, 0), min(columns - left, columns), min(rows - top, rows))
-    resized = [
-        pil.fromarray(np.ascontiguousarray(image_YXC[..., index])).resize(
-            (width, height), resample=pil.Resampling.BILINEAR, box=box
-        )
-        for index in range(channels)
-    ]
-    return np.stack([np.asarray(one) for one in resized], axis=2).clip(0, 1)

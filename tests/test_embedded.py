@@ -22,7 +22,8 @@ def folder_of(row: registry.Checkpoint) -> Path:
 
 
 def test_what_the_first_picture_and_its_judge_need_is_there():
-    assert {registry.TOY.key, registry.DIT_TOY.key, registry.JUDGE.key} <= {row.key for row in ROWS}
+    wanted = (registry.TOY, registry.DELTA_TOY, registry.DIT_TOY, registry.JUDGE)
+    assert {row.key for row in wanted} <= {row.key for row in ROWS}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
@@ -101,17 +102,50 @@ def test_the_pictures_show_their_class():
     assert dit.measure(pipeline, judge, count=32, steps=20).right >= 75
 
 
+# Key -> pipeline, steps and guidance, as its record is measured
+DRAWN = {
+    registry.TOY.key: ("pipelines.pixart_sigma:PixArtSigmaPipeline", 20, 4.5),
+    registry.DELTA_TOY.key: ("pipelines.pixart_delta:PixArtDeltaPipeline", 4, 1.0),
+}
+
+
 @pytest.mark.parametrize("metric", FLOORS)
-def test_the_pictures_show_what_was_asked_for(metric):
+@pytest.mark.parametrize("key", DRAWN)
+def test_the_pictures_show_what_was_asked_for(key, metric):
     import torch
 
     from gen import evaluate
     from gen.toy.judge import load_judge
-    from pipelines.pixart_sigma import PixArtSigmaPipeline
+    from pipelines import components
 
     asked = [p for p in evaluate.prompts(128) if p.group == metric.split()[0]][:32]
     assert len(asked) == 32
-    pipeline = PixArtSigmaPipeline.from_pretrained(folder_of(registry.TOY), torch_dtype=torch.float32)
-    pictures = evaluate.draw(pipeline, [p.text for p in asked], range(32), batch=16)
+    reference, steps, guidance = DRAWN[key]
+    folder = folder_of(registry.CHECKPOINTS[key])
+    pipeline = components.resolve(reference).from_pretrained(folder, torch_dtype=torch.float32)
+    texts, options = [p.text for p in asked], {"steps": steps, "guidance": guidance}
+    pictures = evaluate.draw(pipeline, texts, range(32), batch=16, **options)
     found = evaluate.score_pictures(load_judge(folder_of(registry.JUDGE)), pictures, asked)
     assert found[metric] >= 100 * FLOORS[metric]
+
+
+def test_pictures_follow_the_edges_they_are_given():
+    import itertools
+    import random
+
+    import torch
+
+    from gen.toy import delta, words, world
+    from gen.toy.render import render
+    from pipelines.pixart_delta import PixArtDeltaPipeline
+
+    folder = folder_of(registry.DELTA_TOY)
+    pipeline = PixArtDeltaPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    scenes = list(itertools.islice(world.scenes(4321), 12))
+    texts = [words.describe(scene, random.Random(i)).text for i, scene in enumerate(scenes)]
+    pictures = render(scenes)
+    followed, free = (
+        delta.mean_edge_f1(delta.draw_controlled(pipeline, texts, control), pictures)
+        for control in (pictures, None)
+    )
+    assert followed > 0.6 and followed > 1.5 * free

@@ -256,6 +256,39 @@ def edges(image: Image.Image | np.ndarray, kind: str = "soft", **options: Any) -
     return EDGES[kind].find(rgb(image), **options)
 
 
+DRAWN_EDGES = "edges"  # the picture shows edges already
+CONTROL_KINDS = (*EDGES, DRAWN_EDGES)
+
+
+def edges_at(
+    image: Image.Image | np.ndarray, kind: str, height: int, width: int, network: HED | None = None
+) -> np.ndarray:
+    """Edges (height, width) that steer a picture of this size, float32 in 0..1; a kind of `CONTROL_KINDS`.
+
+    The picture is cut and resized first, as published. Raises ValueError as `edges` does.
+    """
+    fitted_YXC = fit(rgb(image), height, width)
+    if kind == DRAWN_EDGES:
+        return fitted_YXC.mean(axis=2)
+    return edges(fitted_YXC, kind, **({"network": network} if kind == "hed" else {}))
+
+
+def fit(image_YXC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resized until both sides are covered, cut from the centre: (height, width, C), float32 in 0..1."""
+    rows, columns, channels = image_YXC.shape
+    ratio = max(height / rows, width / columns)
+    # Cut first, at fractions of a pixel: a long strip is not made large before most of it is dropped.
+    top, left = (rows - height / ratio) / 2, (columns - width / ratio) / 2
+    box = (max(left, 0), max(top, 0), min(columns - left, columns), min(rows - top, rows))
+    resized = [
+        Image.fromarray(np.ascontiguousarray(image_YXC[..., index])).resize(
+            (width, height), resample=Image.Resampling.BILINEAR, box=box
+        )
+        for index in range(channels)
+    ]
+    return np.stack([np.asarray(one) for one in resized], axis=2).clip(0, 1)
+
+
 GREYS_16 = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of 16 bits, white is 65535
 ALPHA = ("RGBA", "LA", "PA")
 
