@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gen import catalog, cli_run, printing
+from gen import catalog, cli_run, outputs, printing
 from gen.convert import DTYPES as CONVERTED_DTYPES
 from gen.errors import GenError, did_you_mean
 from gen.progress import Progress
@@ -65,13 +65,13 @@ def _added() -> Sequence[Any]:
 @click.version_option(package_name="gen-studio", prog_name="gen", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Pictures from diffusion transformers, on this machine.
+    """Pictures and shapes from diffusion transformers, on this machine.
 
     Results go to stdout, one per line; progress and messages to stderr. Options may also come from the
     environment (GEN_STEPS for --steps) or from gen.toml, in this folder or in ~/.config/gen-studio, with a
     table for each command. What is typed wins over the environment, and that over gen.toml.
 
-    Pictures, history and logs lie in GEN_HOME (~/.local/share/gen-studio). Weights are looked for in
+    Results, history and logs lie in GEN_HOME (~/.local/share/gen-studio). Weights are looked for in
     GEN_WEIGHTS_DIR first, as toy/NAME below it.
 
     \b
@@ -134,7 +134,7 @@ def _weights(row: catalog.Model, tag: str) -> dict[str, Any]:
     return {
         "name": f"{row.name}:{tag}",
         "installed": tag in catalog.installed(row),
-        "native_size": facts.native_size,
+        "native_size": facts.native_size if outputs.OUTPUTS[row.makes].sized else None,
         "licence": facts.licence,
         "summary": facts.summary,
         "toy": facts.is_toy,
@@ -150,7 +150,7 @@ def _weights_table(rows: list[dict[str, Any]], last: str) -> None:
             (
                 row["name"],
                 "yes" if row["installed"] else "-",
-                str(row["native_size"]),
+                str(row["native_size"] or "-"),
                 row["licence"],
                 row[last],
             )
@@ -161,7 +161,7 @@ def _weights_table(rows: list[dict[str, Any]], last: str) -> None:
 
 @cli.command(short_help="Show what was drawn, newest first.")
 @click.argument("text", required=False, default="")
-@click.option("--model", metavar="MODEL", help="Only pictures of this model.")
+@click.option("--model", metavar="MODEL", help="Only results of this model.")
 @click.option(
     "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="At most so many."
 )
@@ -189,7 +189,9 @@ def _history_line(entry: Entry) -> tuple[str, ...]:
     moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.created))
     prompt = " ".join(entry.prompt.split())
     prompt = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-    size = f"{entry.width}x{entry.height}"
+    row = catalog.MODELS.get(entry.model)  # gone in a later version: its results are listed still
+    of = outputs.OUTPUTS[row.makes if row else "image"]
+    size = of.size_made(entry.request["inputs"], entry.width, entry.height)
     return entry.id, moment, f"{entry.model}:{entry.weights}", size, str(entry.seed), prompt
 
 
@@ -207,14 +209,42 @@ DEVICE = click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), help="Stop in good order after this time."
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to use.")
+@click.option(
+    "--data",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="What to learn from, for recipes that do not make their own: dit-3d.",
+)
+@click.option(
+    "--set",
+    "options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Change an option of the recipe, e.g. size=B/4. May be given again.",
+)
 def train(
-    name: str, output: Path | None, resume: bool, device: str, minutes: float | None, threads: int | None
+    name: str,
+    output: Path | None,
+    resume: bool,
+    device: str,
+    minutes: float | None,
+    threads: int | None,
+    data: Path | None,
+    options: tuple[str, ...],
 ) -> None:
     """Train weights from a recipe, e.g. pixart-sigma:toy, and print their folder."""
     from gen import train as training
 
+    changes = dict(one.partition("=")[::2] for one in options)
     folder = training.train(
-        name, output=output, resume=resume, device=device, minutes=minutes, threads=threads
+        name,
+        output=output,
+        resume=resume,
+        device=device,
+        minutes=minutes,
+        threads=threads,
+        data=data,
+        options=changes,
     )
     printing.line(str(folder))
 

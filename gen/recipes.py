@@ -14,8 +14,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ class Recipe:
     name: str
     summary: str
     run: Callable[[Run], None]
-    minutes: float  # a sensible length on two CPU cores
-    ships: str  # key of weights.registry that it makes
+    minutes: float | None  # a sensible length on two CPU cores; None: until its steps are done
+    ships: str = ""  # key of weights.registry that it makes
+    data: str = ""  # what the folder must hold that is to be given with --data; empty: it makes its own
+    options: Mapping[str, str] = field(default_factory=dict)  # what --set can change, with its values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,17 @@ class Run:
     output: Path
     shipped: Path | None  # weights to go on from
     device: str
-    minutes: float
+    minutes: float | None
     resume: bool
+    data: Path | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
     rank: int = 0
     world: int = 1
     report: Callable[[str], None] = print
+
+    def share(self, row: Mapping[str, Any]) -> float | None:
+        """Minutes of a stage, by its share."""
+        return None if self.minutes is None else row["share"] * self.minutes
 
     @property
     def leads(self) -> bool:
@@ -132,7 +140,7 @@ def _pixart_sigma_toy(run: Run) -> None:
         row = AUTOENCODER if fresh else DECODER
         start = None if fresh else toy_pixart.load_autoencoder(run.shipped / "vae")
         task = toy_pixart.AutoencoderTask(pictures, owners, seed=3, device=run.device, decoder_of=start)
-        minutes = row["share"] * run.minutes
+        minutes = run.share(row)
         fit(task, _schedule(row), work, resume=run.resume, minutes=minutes, report=run.report)
         if run.leads:
             if fresh:
@@ -159,7 +167,7 @@ def _pixart_sigma_toy(run: Run) -> None:
             _schedule(TEXT),
             work,
             resume=run.resume,
-            minutes=TEXT["share"] * run.minutes,
+            minutes=run.share(TEXT),
             report=run.report,
         )
         if run.leads:
@@ -197,7 +205,7 @@ def _pixart_sigma_toy(run: Run) -> None:
         _schedule(TRANSFORMER),
         work,
         resume=run.resume,
-        minutes=TRANSFORMER["share"] * run.minutes,
+        minutes=run.share(TRANSFORMER),
         report=run.report,
     )
     if run.leads:
@@ -409,7 +417,7 @@ def _delta_toy(run: Run) -> None:
         if run.leads
         else None,
     )
-    minutes = DISTILLED["share"] * run.minutes
+    minutes = run.share(DISTILLED)
     facts = fit(task, _schedule(DISTILLED), work, resume=run.resume, minutes=minutes, report=run.report)
     student = task.module["student"]
 
@@ -431,7 +439,7 @@ def _delta_toy(run: Run) -> None:
         device=run.device,
         judged=toy_delta.ControlSampler(student, work, held_out) if run.leads else None,
     )
-    minutes = CONTROL["share"] * run.minutes
+    minutes = run.share(CONTROL)
     more = fit(branch, _schedule(CONTROL), work, resume=run.resume, minutes=minutes, report=run.report)
     if run.leads:
         toy_delta.export(
@@ -576,6 +584,92 @@ def _cloud_judge_toy(run: Run) -> None:
         store.write_sums(run.output)
 
 
+# --------------------------------------------------------------------------------------------------- dit-3d
+
+DIT3D_PUBLISHED = {
+    "steps": 10**9,  # stop it by --minutes, or when the scores no longer move
+    "batch": 16,
+    "lr": 1e-4,
+    "ema": 0.9999,
+    "warmup": 1,
+    "cooldown": 0.0,
+    "clip": 0.0,
+    "save_every": 600,
+    "evaluate_every": 3600,
+}
+DIT3D_OPTIONS = {"size": "S/4", "voxels": "32", "classes": "all", "blocks": "", "evaluate-every": "3600"}
+
+
+def _dit3d(run: Run) -> None:
+    import torch
+
+    from gen import shapenet
+    from gen.toy import dit3d as toy_dit3d
+    from gen.train import fit
+    from pipelines.models.dit import DiTTransformer2DModel
+    from pipelines.models.dit3d import SIZES, VOXELS, DiT3DModel
+
+    assert run.data is not None  # `start` saw to it
+    size, voxels = run.options["size"], run.options["voxels"]
+    if size not in SIZES or voxels not in map(str, VOXELS):
+        raise GenError(
+            f"There is no DiT-3D {size} at {voxels} voxels.",
+            f"Sizes are {', '.join(SIZES)}; voxels {', '.join(map(str, VOXELS))}.",
+            "bad_input",
+        )
+    named = run.options["classes"]
+    categories = shapenet.find_categories(run.data, () if named == "all" else named.split(","))
+    train, validation = (
+        shapenet.read(run.data, categories, split, test_points=split == "val") for split in ("train", "val")
+    )
+    if run.leads:
+        for split, shapes in (("train", train), ("val", validation)):
+            run.report(f"{split}: {len(shapes.points)} shapes, {len(shapes.broken)} files left out")
+            for reason in shapes.broken[:20]:
+                run.report(f"  {reason}")
+    torch.manual_seed(21)
+    options = {**SIZES[size], "sample_size": int(voxels), "num_embeds_ada_norm": len(categories)}
+    transformer = DiT3DModel(**options)
+    toy_dit3d.initialise(transformer)
+    if run.options["blocks"]:
+        try:
+            transformer.take_blocks(
+                DiTTransformer2DModel.from_pretrained(run.options["blocks"], torch_dtype=torch.float32)
+            )
+        except ValueError as error:
+            raise GenError(
+                f"No blocks can be taken from {run.options['blocks']}: {error}.",
+                "Give the transformer folder of a DiT of the same depth and width.",
+                "bad_input",
+            ) from error
+    normalisation = shapenet.statistics(train.points)
+    scheduler = shapenet.build_scheduler(categories)
+    judged = None
+    if run.leads:
+        judged = shapenet.Sampler(validation, categories, normalisation, scheduler)
+    task = shapenet.CloudTask(
+        transformer, train, normalisation, scheduler, seed=21, device=run.device, judged=judged
+    )
+    schedule = _schedule({**DIT3D_PUBLISHED, "evaluate_every": float(run.options["evaluate-every"])})
+    facts = fit(task, schedule, run.work, resume=run.resume, minutes=run.minutes, report=run.report)
+    if run.leads:
+        pipeline = shapenet.assemble(task.module, scheduler, categories, normalisation)
+        toy_dit3d.save(
+            pipeline,
+            run.output,
+            {
+                **_origin(run),
+                "options": dict(run.options),
+                "categories": list(categories),
+                "shapes": len(train.points),
+                "left_out": list(train.broken),
+                "seed": 21,
+                "steps": facts["step"],
+                "clouds_seen": facts["images"],
+            },
+        )
+
+
 # ----------------------------------------------------------------------------------------------- judge:toy
 
 JUDGE_SCENES = 20_000
@@ -696,6 +790,14 @@ RECIPES = {
             ships="cloud-judge-toy",
         ),
         Recipe(
+            name="dit-3d",
+            summary="as published: clouds of points from a folder in the form of ShapeNetCore.v2.PC15k",
+            run=_dit3d,
+            minutes=None,
+            data="folders like 03001627/train with .npy files of (15000, 3)",
+            options=DIT3D_OPTIONS,
+        ),
+        Recipe(
             name="judge:toy", summary="reads toy pictures back", run=_judge_toy, minutes=15, ships="judge-toy"
         ),
     )
@@ -712,12 +814,15 @@ def start(
     resume: bool = True,
     device: str = "auto",
     minutes: float | None = None,
-    threads: int | None = None,
+    threads: int | None = None,  # CPU processes to train with
+    data: Path | None = None,  # folder to learn from, for recipes that do not make their own
+    options: Mapping[str, str] | None = None,  # of the recipe's, those to change
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Run recipe `name`; returns the folder of finished weights. `threads`: CPU processes to train with.
+    """Run recipe `name`; returns the folder of finished weights.
 
-    Raises GenError for an unknown recipe or a device that is not there.
+    Raises GenError for an unknown recipe or option, a device that is not there, and data that are missing or
+    not wanted.
     """
     import torch
 
@@ -728,6 +833,7 @@ def start(
             f"There is no recipe {name!r}.", hint=f"There are {', '.join(RECIPES)}.", code="unknown_model"
         )
     recipe = RECIPES[name]
+    _check_data(recipe, data, options or {})
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -741,7 +847,7 @@ def start(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     work.mkdir(parents=True, exist_ok=True)
     output = output or work / "out"
-    shipped = _starting_point(work, store.find(recipe.ships) if resume else None)
+    shipped = _starting_point(work, store.find(recipe.ships) if resume and recipe.ships else None)
     world = (threads or min(2, os.cpu_count() or 1)) if device == "cpu" else 1
     options = {
         "name": name,
@@ -751,6 +857,8 @@ def start(
         "device": device,
         "minutes": minutes or recipe.minutes,
         "resume": resume,
+        "data": data,
+        "options": {**recipe.options, **(options or {})},
         "world": world,
     }
     if world == 1:
@@ -778,6 +886,19 @@ def start(
             process.kill()
         rendezvous.unlink(missing_ok=True)
     return output
+
+
+def _check_data(recipe: Recipe, data: Path | None, options: Mapping[str, str]) -> None:
+    for name in options:
+        if name not in recipe.options:
+            known = f"It takes {', '.join(recipe.options)}." if recipe.options else "It takes none."
+            raise GenError(f"{recipe.name} has no option '{name[:60]}'.", known, "unknown_option")
+    if recipe.data and data is None:
+        raise GenError(f"{recipe.name} learns from a folder.", f"Give --data: {recipe.data}.", "bad_input")
+    if data is not None and not recipe.data:
+        raise GenError(f"{recipe.name} makes its own data.", "Leave --data out.", "bad_input")
+    if data is not None and not data.is_dir():
+        raise GenError(f"There is no folder {data}.", "Check --data.", "bad_input")
 
 
 def _starting_point(work: Path, shipped: Path | None) -> Path | None:

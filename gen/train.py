@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +39,8 @@ def train(
     device: str = "auto",
     minutes: float | None = None,
     threads: int | None = None,
+    data: Path | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Path:
     """Run the recipe `name`, telling its progress on stderr; returns the folder of finished weights."""
     from gen import recipes
@@ -50,6 +52,8 @@ def train(
         device=device,
         minutes=minutes,
         threads=threads,
+        data=data,
+        options=options,
         report=lambda text: print(text, file=sys.stderr, flush=True),
     )
 

@@ -252,8 +252,13 @@ def export(
     transformer: DiT3DModel, normalisation: tuple[list[float], float], output: Path, facts: dict
 ) -> None:
     """One folder in fp16, with its record (toy.json) and checksums."""
-    building = start_folder(output)
     pipeline = assemble(copy.deepcopy(transformer), normalisation)
     pipeline.to(dtype=torch.float16)
+    save(pipeline, output, facts)
+
+
+def save(pipeline: DiT3DPipeline, output: Path, facts: dict) -> None:
+    """A pipeline's folder, with the record of its training and checksums."""
+    building = start_folder(output)
     pipeline.save_pretrained(building)
     finish_folder(building, output, facts)
