@@ -1,5 +1,5 @@
-"""Files that carry their recipe: write a picture with everything that is needed to make it again, and read it
-back.
+"""Files that carry their recipe: write a result with everything that is needed to make it again, and read it
+back. What is written for each kind of result is in gen.outputs.
 
 A PNG holds two texts: `gen_recipe`, the whole recipe as JSON, and `parameters`, the one-paragraph form that
 other programs of this kind show.
@@ -14,43 +14,51 @@ import re
 import shutil
 import time
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gen import library
 from gen.errors import GenError
+from gen.outputs import OUTPUTS, Output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 RECIPE = "gen_recipe"
-OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SPARE = 2**20  # bytes that must stay free beside the picture: rows, journal, logs
+PICTURE = OUTPUTS["image"]
+OTHER_FORMATS = {
+    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".gltf", ".stl", ".off", ".xyz", ".pcd", ".usdz"),
+    *(ending for of in OUTPUTS.values() for ending in of.endings.values()),
+}
+SPARE = 2**20  # bytes that must stay free beside the results: rows, journal, logs
 
 
-def prepare(output: Path | None, pictures: int, pixels: int) -> Path:
+def prepare(output: Path | None, results: int, room: int, of: Output = PICTURE) -> Path:
     """Make the output folder, prove that files and rows can be written, and return the folder.
 
-    Called before any work is done. `output` is a folder, or for one picture the file's own path ending in
-    .png. Raises bad_input, output_not_writable, disk_full.
+    Called before any work is done. `output` is a folder, or for one result the path of its own file. `room`:
+    bytes that a result may need. Raises bad_input, output_not_writable, disk_full.
     """
     folder = (output or library.outputs()).expanduser().absolute()
-    if names_file(output):
+    if names_file(output, of):
         output, folder = folder, folder.parent
-        if pictures > 1:
+        if results > 1:
             raise GenError(
-                f"{pictures} pictures cannot all be {output.name}.",
+                f"{results} {of.noun}s cannot all be {output.name}.",
                 "Give a folder as the output.",
                 "bad_input",
             )
         if output.exists():
             raise _exists(output)
     elif folder.suffix.lower() in OTHER_FORMATS and not folder.is_dir():
+        also = [kind.upper() for kind in of.always[1:]]
+        beside = f", with {' and '.join(also)} beside it" if also else ""
         raise GenError(
-            f"{folder.name} names a picture of another format; pictures are saved as PNG.",
-            f"Say {folder.with_suffix('.png').name}, or a folder.",
+            f"{folder.name} names another format; {of.noun}s are saved as {of.always[0].upper()}{beside}.",
+            f"Say {folder.with_suffix(of.ending).name}, or a folder.",
             "bad_input",
         )
     if not str(folder).isprintable():  # the library's text columns hold no bytes that are no characters
@@ -64,46 +72,65 @@ def prepare(output: Path | None, pictures: int, pixels: int) -> Path:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise library.disk_error(error, folder) from error
-    needed = pictures * pixels * 3 + SPARE  # a PNG of noise is as large as its pixels
+    needed = results * room + SPARE
     if free < needed:
         raise GenError(
-            f"Only {free // 2**20} MiB are free in {folder}; the pictures may need {needed // 2**20} MiB.",
+            f"Only {free // 2**20} MiB are free in {folder}; the {of.noun}s may need {needed // 2**20} MiB.",
             "Free some space, or write elsewhere with --output.",
             "disk_full",
         )
     return folder
 
 
-def names_file(output: Path | None) -> bool:
-    """Whether the output is the picture's own name rather than a folder."""
-    return output is not None and output.suffix.lower() == ".png" and not output.is_dir()
+def names_file(output: Path | None, of: Output = PICTURE) -> bool:
+    """Whether the output is the name of the result's own file rather than a folder."""
+    return output is not None and output.suffix.lower() == of.ending and not output.is_dir()
 
 
 def _exists(path: Path) -> GenError:
     return GenError(
-        f"{path} exists already, and pictures are never overwritten.",
-        "Choose another name, or move the old picture away.",
+        f"{path} exists already, and files are never overwritten.",
+        "Choose another name, or move the old one away.",
         "output_not_writable",
     )
 
 
 def save(
-    image: Image, output: Path | None, folder: Path, entry_without_path: dict[str, Any]
+    thing: Any,
+    output: Path | None,
+    folder: Path,
+    fields: dict[str, Any],
+    of: Output = PICTURE,
+    note: Callable[[str], None] = lambda words: None,
 ) -> library.Entry:
-    """Write the picture into `folder` and its row into the library, both or neither.
+    """Write the files of a result into `folder` and its row into the library, all or none.
 
-    `entry_without_path` holds the other fields of library.Entry. The bytes go to a hidden file in the same
-    folder first, and get their name inside the library's transaction. Raises disk_full, output_not_writable.
+    `fields` holds the other fields of library.Entry. The bytes go to hidden files in the same folder first,
+    and get their names inside the library's transaction. A file that is made only where it can be, and
+    cannot, is left out; `note` is told why. Raises disk_full, output_not_writable.
     """
-    with _part(folder) as part:
-        _write_png(image, part, entry_without_path["recipe"])
-        name = output.name if output is not None and names_file(output) else None
-        path = folder / (name or _file_name(entry_without_path))
-        return _move(part, path, entry_without_path, fixed=name is not None)
+    recipe = fields["recipe"]
+    with ExitStack() as stack:
+        parts: dict[str, Path] = {}
+        for kind in of.kinds(recipe["request"]["inputs"]):
+            part = stack.enter_context(part_in(folder))
+            try:
+                of.write(thing, kind, part, recipe)
+            except GenError as error:
+                if kind in of.always or error.code not in ("failed", "not_installed"):
+                    raise
+                note(f"No {of.endings[kind]} file: {error.message} {error.hint}".rstrip())
+                continue
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # the row must not survive a power cut that the file does not
+            parts[kind] = part
+        fixed = output is not None and names_file(output, of)
+        own = output.name if output is not None and fixed else _file_name(fields) + of.ending
+        return _move(parts, folder / own, fields, of, fixed)
 
 
 @contextmanager
-def _part(folder: Path) -> Iterator[Path]:
+def part_in(folder: Path) -> Iterator[Path]:
     """A hidden file that is gone afterwards, whatever happens."""
     part = folder / f".gen-{library.new_id()}.part"
     try:
@@ -114,7 +141,8 @@ def _part(folder: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _write_png(image: Image, path: Path, recipe: dict[str, Any]) -> None:
+def write_png(image: Image, path: Path, recipe: dict[str, Any]) -> None:
+    """A picture with its recipe, in our form and in that of other programs."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -122,39 +150,48 @@ def _write_png(image: Image, path: Path, recipe: dict[str, Any]) -> None:
     info.add_itxt("parameters", parameters_text(recipe))
     with path.open("wb") as file:
         image.save(file, format="PNG", pnginfo=info)
-        file.flush()
-        os.fsync(file.fileno())  # the row must not survive a power cut that the picture does not
 
 
-def _move(part: Path, path: Path, fields: dict[str, Any], fixed: bool) -> library.Entry:
-    """Give the file its name, or unless `fixed` the next free one, and add the row, in one transaction."""
-    moved = None
+def _move(
+    parts: dict[str, Path], own: Path, fields: dict[str, Any], of: Output, fixed: bool
+) -> library.Entry:
+    """Give the files their names, or unless `fixed` the next free ones, and add the row, in one transaction.
+
+    `own` is the path of the result's own file; the others have its name with their endings.
+    """
+    stem, last = own.name[: -len(of.ending)], own.name[-len(of.ending) :]  # as the user spelled it
+    moved: list[Path] = []
     try:
         with library.adding() as add:
-            stem = path.stem
-            for number in itertools.count(2):
-                if not path.exists():
+            for number in itertools.count(1):
+                name = stem if number == 1 else f"{stem}-{number}"
+                own = own.with_name(name + last)
+                paths = {kind: own.with_name(name + of.endings[kind]) for kind in parts}
+                paths[next(iter(of.endings))] = own
+                taken = [path for path in paths.values() if path.exists()]
+                if not taken:
                     break
                 if fixed:
-                    raise _exists(path)
-                path = path.with_stem(f"{stem}-{number}")
-            entry = library.Entry(**fields, path=path)
-            moved = path
-            part.rename(path)
+                    raise _exists(taken[0])
+            entry = library.Entry(**fields, path=own, files={kind: path.name for kind, path in paths.items()})
+            for kind, part in parts.items():
+                moved.append(paths[kind])
+                part.rename(paths[kind])
             add(entry)
         return entry
     except (
         BaseException
-    ):  # Ctrl-C too; it may also come just after the commit, and then both are there and stay
-        if moved is not None and not library.holds(moved):
-            moved.unlink(missing_ok=True)
+    ):  # Ctrl-C too; it may also come just after the commit, and then all are there and stay
+        if moved and not library.holds(own):
+            for path in moved:
+                path.unlink(missing_ok=True)
         raise
 
 
 def _file_name(fields: dict[str, Any]) -> str:
     moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(fields["created"]))
     words = slug(fields["prompt"])
-    return f"{moment}-{fields['seed']}{'-' + words if words else ''}.png"
+    return f"{moment}-{fields['seed']}{'-' + words if words else ''}"
 
 
 def slug(text: str, limit: int = 40) -> str:
@@ -186,10 +223,31 @@ def parameters_text(recipe: dict[str, Any]) -> str:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe inside a picture made here. Raises bad_input for anything else."""
+    """The recipe inside a file made here, of any kind. Raises bad_input for anything else."""
+    text = _recipe_of_cloud if path.suffix.lower() in CLOUDS else _recipe_of_picture
+    recipe = text(path)
+    try:
+        whole = all(isinstance(_at(recipe, key), kind) for key, kind in SHAPE.items())
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise GenError(f"{path} carries no recipe of gen-studio.", HINT, "bad_input")
+    return recipe
+
+
+HINT = "Give a file that gen-studio saved; other programs often strip what they do not know."
+CLOUDS = {ending for ending in OUTPUTS["cloud"].endings.values() if ending != PICTURE.ending}
+
+
+def _recipe_of_cloud(path: Path) -> Any:
+    from gen import point_files
+
+    return point_files.read_recipe(path)
+
+
+def _recipe_of_picture(path: Path) -> Any:
     from PIL import Image, UnidentifiedImageError
 
-    hint = "Give a PNG that gen-studio saved; other programs often strip what they do not know."
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = image.info.get(RECIPE)  # our texts stand before the pixels: nothing is decoded here
@@ -197,19 +255,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise GenError(f"There is no file {path}.", "Check the name.", "bad_input") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise GenError(
-            f"{path} cannot be read as a PNG ({type(error).__name__}).", hint, "bad_input"
+            f"{path} cannot be read as a PNG ({type(error).__name__}).", HINT, "bad_input"
         ) from None
     try:
-        recipe = json.loads(text or "")
-        whole = all(isinstance(_at(recipe, key), kind) for key, kind in SHAPE.items())
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise GenError(f"{path} carries no recipe of gen-studio.", hint, "bad_input")
-    return recipe
+        return json.loads(text or "")
+    except ValueError:
+        return None
 
 
-# What a recipe needs for its picture to be made again. A Request that is built of it checks the values.
+# What a recipe needs for its result to be made again. A Request that is built of it checks the values.
 SHAPE = {
     "request.model": str,
     "request.weights": str,
