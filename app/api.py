@@ -5,6 +5,7 @@ Files are addressed by the id of their row in the library, never by a path. Pict
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,7 +23,7 @@ router = APIRouter()
 
 # What a browser may show in place. Everything else is offered as a download: an SVG or HTML file shown in
 # place could run scripts as this page.
-SHOWN_IN_PLACE = {".png": "image/png"}
+SHOWN_IN_PLACE = {".png": "image/png", ".mp4": "video/mp4"}
 
 
 @router.get("/api/health")
@@ -122,19 +123,36 @@ async def read(incoming: Incoming, most: int) -> bytes:
 
 @router.get("/files/{result_id}")
 def file(result_id: str) -> FileResponse:
-    """The file of one result. Raises not_found for an unknown id, or when the file has been moved away."""
-    entry = library.get(result_id)
-    if not entry.path.is_file():
+    """The own file of a result. Raises not_found for an unknown id, or when the file has been moved away."""
+    return sent(result_id, library.get(result_id).path)
+
+
+@router.get("/files/{result_id}/{kind}")
+def file_of_kind(result_id: str, kind: str) -> FileResponse:
+    """One of the files of a result, by a key of its `files`. Raises not_found."""
+    paths = library.get(result_id).paths
+    if kind not in paths:
+        raise GenError(
+            f"'{result_id}' has no file of the kind '{kind[:60]}'.",
+            f"It has {', '.join(paths)}.",
+            "not_found",
+        )
+    return sent(result_id, paths[kind])
+
+
+def sent(result_id: str, path: Path) -> FileResponse:
+    """A file of the library on its way. Raises not_found."""
+    if not path.is_file():
         raise GenError(
             f"The file of '{result_id}' is no longer where it was saved.",
             "Was it moved or deleted?",
             "not_found",
         )
-    shown_as = SHOWN_IN_PLACE.get(entry.path.suffix.lower())
+    shown_as = SHOWN_IN_PLACE.get(path.suffix.lower())
     return FileResponse(
-        entry.path,
+        path,
         media_type=shown_as or "application/octet-stream",
-        filename=entry.path.name,
+        filename=path.name,
         content_disposition_type="inline" if shown_as else "attachment",
         # A result never changes: its id is new each time.
         headers={"Cache-Control": "private, max-age=31536000, immutable"},

@@ -202,6 +202,14 @@ kbd {
 .stage figcaption { max-width: 60ch; font-size: 14.5px; line-height: 1.45; overflow-wrap: anywhere; }
 .stage .empty { color: var(--body-text-color-subdued); max-width: 34ch; line-height: 1.5; }
 .stage .empty svg { display: block; margin: 0 auto 10px; opacity: 0.8; }
+.stage cloud-viewer { display: block; width: 100%; max-width: 560px; }
+.stage cloud-viewer canvas {
+  display: block; width: 100%; aspect-ratio: 1; cursor: grab; touch-action: none; border-radius: 10px;
+}
+.stage cloud-viewer canvas:active { cursor: grabbing; }
+.stage cloud-viewer[ready] img { display: none; }
+.stage cloud-viewer img, .stage figure > img { width: 100%; height: auto; border-radius: 10px; }
+.stage .film { width: min(100%, 400px); aspect-ratio: 1; border-radius: 10px; }
 .actions { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; }
 .progress { width: min(100%, 448px); display: flex; flex-direction: column; gap: 8px; }
 .progress .words { display: flex; justify-content: space-between; gap: 12px; font-size: 14px; margin: 0; }
@@ -228,6 +236,15 @@ kbd {
   display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; border-radius: 10px;
   background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
 }
+.tile .first-view {
+  display: block; overflow: hidden; aspect-ratio: 1; border-radius: 10px;
+  border: 1px solid var(--border-color-primary);
+}
+.tile[aria-current="true"] .first-view {
+  outline: 3px solid var(--border-color-accent); outline-offset: -1px;
+}
+.tile[aria-current="true"] .first-view img { outline: none; }
+.tile .first-view img { width: 400%; max-width: none; aspect-ratio: 2; border: 0; border-radius: 0; }
 .tile:hover img { border-color: var(--border-color-accent); }
 .tile[aria-current="true"] img { outline: 3px solid var(--border-color-accent); outline-offset: -1px; }
 .tile .badge { position: absolute; top: 6px; left: 6px; font-size: 10.5px; padding: 0 5px; }

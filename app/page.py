@@ -18,9 +18,10 @@ from app import controls, look, views
 from gen import jobs, library, pictures
 from gen.catalog import MODELS, Model, choose, find, installed
 from gen.errors import GenError
+from gen.outputs import OUTPUTS
 from gen.request import Event, Input, Request
 
-# Prompts to start from, by what a model makes.
+# Prompts to start from, by what a model makes; classes have a list of their own.
 EXAMPLES = {
     "image": (
         "a shiny red cube",
@@ -28,8 +29,9 @@ EXAMPLES = {
         "a green cone left of a purple torus",
         "a yellow ball on a blue box",
     ),
+    "cloud": (),
 }
-EMPTY = "Say what to draw and press Generate. The picture appears here."
+EMPTY = "Say what to draw and press Generate. What you make appears here."
 PAGE_OF_HISTORY = 24
 SECONDS_BETWEEN_UPDATES = 0.1  # of a drawing: quick models would flood the browser, which then lags behind
 
@@ -238,7 +240,7 @@ class Page:
 
     def follow(self, job: str) -> Iterator[Updates]:
         """Show a job as it goes on, until it ends or the tab is closed."""
-        state = views.Drawing()
+        state = views.Drawing(noun=noun(job))
         entries: list[library.Entry] = []
         last_step = 0.0
         yield {
@@ -385,6 +387,12 @@ def exactly(reference: str) -> tuple[Model, str]:
 def best(row: Model) -> str:
     """The tag of the best installed weights; when none are, of the last in the row, the easiest to get."""
     return [*installed(row), [*row.weights][-1]][0]
+
+
+def noun(job: str) -> str:
+    """What a job makes, in a word."""
+    request = next((one.request for one in jobs.list() if one.id == job), None)
+    return OUTPUTS[MODELS[request.model].makes if request else "image"].noun
 
 
 def folder(row: Model, tag: str) -> Path | None:

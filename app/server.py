@@ -165,7 +165,7 @@ def create_app(*, token: str | None = None, local_only: bool = True) -> "FastAPI
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse
 
-    from app import api, look, page
+    from app import api, look, page, viewer
     from gen import jobs, pictures
 
     @contextlib.asynccontextmanager
@@ -199,7 +199,7 @@ def create_app(*, token: str | None = None, local_only: bool = True) -> "FastAPI
         max_file_size=pictures.MOST_BYTES,
         theme=look.theme(),
         css=look.CSS,
-        head=look.HEAD,
+        head=look.HEAD + viewer.HEAD,
     )
     app.add_middleware(Door, token=token, local_only=local_only)
     return app

@@ -26,7 +26,7 @@ STAGE_WORDS = {
     "loading": "Loading the model",
     "encoding": "Reading the prompt",
     "denoising": "Drawing",
-    "decoding": "Developing the picture",
+    "decoding": "Developing the {noun}",
     "saving": "Saving",
 }
 LONGER_SIDE = 448  # CSS pixels of a picture on the stage
@@ -38,15 +38,15 @@ stroke-width="1.2" aria-hidden="true"><rect x="3" y="3" width="18" height="18" r
 def masthead() -> str:
     """The head of the page, with the button for dark mode."""
     return (
-        '<header class="masthead"><h1>Gen Studio</h1><p>Pictures from diffusion transformers, made on this '
-        'machine</p><button type="button" id="theme" class="plain-button" aria-pressed="false">Dark mode'
-        "</button></header>"
+        '<header class="masthead"><h1>Gen Studio</h1><p>Pictures and shapes from diffusion transformers, '
+        'made on this machine</p><button type="button" id="theme" class="plain-button" aria-pressed="false">'
+        "Dark mode</button></header>"
     )
 
 
 def badge() -> str:
     """The mark of toy weights."""
-    return '<span class="badge" title="Made with small weights trained on coloured shapes">TOY</span>'
+    return '<span class="badge" title="Made with small weights trained on simple shapes">TOY</span>'
 
 
 def message(error: Mapping[str, str]) -> str:
@@ -81,6 +81,7 @@ class Drawing:
     preview: str = ""  # a data: URL
     preview_size: tuple[int, int] = (0, 0)  # width, height in pixels
     notes: tuple[str, ...] = ()
+    noun: str = "picture"  # what is being made
 
     def after(self, event: Event) -> "Drawing":
         """The state after one more event."""
@@ -114,15 +115,15 @@ class Drawing:
 
 def drawing(state: Drawing) -> str:
     """The stage while a picture is being drawn."""
-    words = STAGE_WORDS[state.stage]
+    words = STAGE_WORDS[state.stage].format(noun=state.noun)
     if state.images > 1:
-        words += f", picture {state.image + 1} of {state.images}"
+        words += f", {state.noun} {state.image + 1} of {state.images}"
     numbers = f"step {state.index}/{state.count}" if state.count else ""
     if state.eta_seconds is not None:
         numbers += f" · {duration(state.eta_seconds)} left"
     picture = ""
     if state.preview:
-        image = f'<img src="{state.preview}" alt="Preview of the unfinished picture">'
+        image = f'<img src="{state.preview}" alt="Preview of the unfinished {state.noun}">'
         picture = f'<div class="frame" style="{shown_at(*state.preview_size)}">{image}</div>'
     if state.part is None:
         track, value = '<div class="fill unknown"></div>', ""
@@ -192,8 +193,47 @@ def picture(entry: Entry) -> str:
     )
 
 
+def cloud(entry: Entry) -> str:
+    """A cloud of points that can be turned, its files, and its recipe; without scripts its picture."""
+    address, words = f"/files/{escape(entry.id)}", escape(entry.prompt)
+    caption = f"{badge()} {words}" if entry.toy else words
+    sheet = f'<img src="{address}/png" alt="{words}, from all sides" width="{entry.width}" '
+    sheet += f'height="{entry.height}">'
+    seen = sheet
+    if "ply" in entry.paths:
+        seen = (
+            f'<cloud-viewer src="{address}/ply" label="{words}: a cloud of points. Drag, or use the arrow '
+            f'keys, to turn it; plus and minus to come closer">{sheet}</cloud-viewer>'
+        )
+    film = ""
+    if "mp4" in entry.paths:
+        film = (
+            f'<video class="film" src="{address}/mp4" controls loop muted playsinline preload="metadata" '
+            f'aria-label="Film of {words} on a turntable"></video>'
+        )
+    links = "".join(
+        f'<a class="plain-button{"" if number else " primary"}" href="{address}/{escape(kind)}" '
+        f'download="{escape(path.name)}" title="{escape(FILE_WORDS.get(kind, kind))}">'
+        f"{'Download ' if not number else ''}{escape(kind.upper() if kind != 'mesh' else 'Mesh')}</a>"
+        for number, (kind, path) in enumerate(entry.paths.items())
+    )
+    return (
+        f'<div class="stage"><figure>{seen}{film}<figcaption>{caption}</figcaption></figure>'
+        f'<div class="actions">{links}<button type="button" class="plain-button" '
+        f'data-use="{escape(entry.id)}">Use this recipe</button></div></div>{recipe(entry)}'
+    )
+
+
+FILE_WORDS = {
+    "glb": "Points, for viewers of three dimensions",
+    "mesh": "A closed surface as GLB, for printing and modelling",
+    "ply": "Points with colours, for programs that measure and edit clouds",
+    "obj": "Points with colours, as text",
+    "png": "A picture from all sides",
+    "mp4": "A film of one turn",
+}
 # What is shown for a result of each kind a model can make (Model.makes).
-RESULT_VIEWS: dict[str, Callable[[Entry], str]] = {"image": picture}
+RESULT_VIEWS: dict[str, Callable[[Entry], str]] = {"image": picture, "cloud": cloud}
 
 
 def result(entry: Entry) -> str:
@@ -246,12 +286,20 @@ def tile(entry: Entry, words: bool) -> str:
     """One small picture, a button that puts it on the stage."""
     prompt = escape(entry.prompt)
     below = f'<span class="words" aria-hidden="true">{prompt}</span>' if words else ""
+    image = f'<img src="{thumbnail(entry)}" alt="" loading="lazy" decoding="async" width="{entry.width}" '
+    image += f'height="{entry.height}">'
+    if entry.width == 2 * entry.height and len(entry.paths) > 1:  # views from all sides: the first of them
+        image = f'<span class="first-view">{image}</span>'
     return (
         f'<li><button type="button" class="tile" data-show="{escape(entry.id)}" title="{prompt}" '
         f'aria-label="Show: {prompt}, seed {entry.seed}" aria-current="false">'
-        f'<img src="/files/{escape(entry.id)}" alt="" loading="lazy" decoding="async" width="{entry.width}" '
-        f'height="{entry.height}">{badge() if entry.toy else ""}{below}</button></li>'
+        f"{image}{badge() if entry.toy else ''}{below}</button></li>"
     )
+
+
+def thumbnail(entry: Entry) -> str:
+    """The address of the picture that stands for a result."""
+    return f"/files/{escape(entry.id)}" + ("/png" if len(entry.paths) > 1 else "")
 
 
 def about(row: Model, tag: str) -> str:

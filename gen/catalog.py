@@ -24,7 +24,7 @@ class Model:
     summary: str  # one line for `gen list`, the page and the API
     pipeline: str  # "module:Class"
     weights: Mapping[str, str]  # tag -> key of weights.registry, best first
-    makes: str  # "image"
+    makes: str  # a key of gen.outputs.OUTPUTS
     inputs: tuple[Input, ...]  # in the order of the form
 
     @property
@@ -238,6 +238,26 @@ CLASS_LABEL = Input(
     argument="class_labels",
     required=True,
 )
+POINTS = Input(
+    name="points",
+    kind="integer",
+    label="Points",
+    help="of the cloud; each is drawn with all others in view, and more take longer",
+    argument="num_points",
+    default=2048,
+    minimum=16,
+    maximum=16384,
+    step=1,
+)
+FILES = Input(
+    name="files",
+    kind="choice",
+    label="Files",
+    help="beside the points and a picture: a closed mesh (seconds), a film of one turn (more seconds)",
+    argument="",
+    default="mesh",
+    choices=("points", "mesh", "film", "all"),
+)
 SEED = Input(
     name="seed",
     kind="seed",
@@ -340,6 +360,25 @@ MODELS = index(
             GUIDANCE_CHANNELS,
         ),
     ),
+    Model(
+        name="dit-3d",
+        summary="Class to shape: DiT-3D, a diffusion transformer over voxels that draws clouds of points",
+        pipeline="pipelines.dit3d:DiT3DPipeline",
+        weights={"toy": "dit-3d-toy"},
+        makes="cloud",
+        inputs=(
+            replace(
+                CLASS_LABEL, help="what to make, one of the classes the weights know; by name or by number"
+            ),
+            POINTS,
+            replace(STEPS, default=50, maximum=1000),
+            replace(GUIDANCE, help="how clearly to show the class; 1 is no guidance", default=1.0),
+            FILES,
+            replace(SEED, help="same seed, same cloud; left out, one is drawn and told"),
+            replace(COUNT, help="clouds to draw, with seeds counting up"),
+            SCHEDULER,
+        ),
+    ),
 )
 
 
@@ -406,7 +445,8 @@ def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]
 
 def _check_family(row: Model, tag: str, folder: Path) -> None:
     """Another family's checkpoint in the place of these weights is told before a value is judged by it."""
-    known = {row.checkpoint(one).pipeline for one in row.weights}
+    own = row.pipeline.rpartition(":")[2]
+    known = {own, *(row.checkpoint(one).pipeline for one in row.weights)}
     if (found := store.family(folder)) and found not in known:
         raise GenError(
             f"{folder} holds a {found}, and {row.name}:{tag} is a {' or '.join(sorted(known))}.",
@@ -417,6 +457,8 @@ def _check_family(row: Model, tag: str, folder: Path) -> None:
 
 def _way(facts: registry.Checkpoint) -> str:
     """The commands by which a checkpoint comes to this machine."""
+    if not facts.repo_id and facts.family:  # published outside of any hub, or one's own
+        return f"gen convert FILE --as {facts.family} --output $GEN_WEIGHTS_DIR/{facts.folder}"
     if not facts.repo_id:
         return f"gen train {facts.recipe}"
     fetch = " ".join(("hf download", facts.repo_id, *facts.files))

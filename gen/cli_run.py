@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gen import catalog, pictures, printing
+from gen import catalog, outputs, pictures, printing
 from gen.errors import GenError, cancelled
 from gen.progress import Progress, duration
 from gen.request import DEVICES, DTYPES, Input, Request, Result, Settings
@@ -30,21 +30,26 @@ METAVARS = {
     "lora": "NAME|PATH",
 }
 FILE_LIMIT = 2**24  # bytes of prompts
-EXAMPLES = {"prompt": "a red cube", "class_label": "red cube"}  # by Model.subject
+EXAMPLES = {  # by Model.makes and Model.subject
+    ("image", "prompt"): "a red cube",
+    ("image", "class_label"): "red cube",
+    ("cloud", "class_label"): "chair",
+}
 
 
 def run(ctx: click.Context, /, **params: Any) -> None:
-    """Draw pictures: gen run MODEL PROMPT.
+    """Draw pictures and shapes: gen run MODEL PROMPT.
 
     MODEL is a name from `gen list`, such as pixart-sigma or pixart-sigma:toy. PROMPT may be '-' to read it
     from stdin; for a model of classes it is the name or number of one. Several prompts and seeds give a
-    picture for each pair.
+    picture for each pair. Shapes are saved as GLB, with PLY, OBJ and a PNG from all sides beside it.
 
     \b
       gen run pixart-sigma "a red cube"
       gen run pixart-sigma "a red cube" --seed 1 --seed 2 --size 128x192
       gen run pixart-sigma --prompts prompts.txt --output pictures/
       gen run --repeat pictures/20261120-153012-1-a-red-cube.png
+      gen run dit-3d chair --files all
     """
     talk = Progress(quiet=params["quiet"])
     ranks = {name: RANKS.get(source, 0) for name in params if (source := ctx.get_parameter_source(name))}
@@ -80,10 +85,10 @@ def options() -> list[click.Parameter]:
         ),
         _option(
             "--repeat",
-            metavar="FILE.png",
+            metavar="FILE",
             type=path,
             env=False,
-            help="Draw the picture again from the recipe inside the file; other flags change the recipe.",
+            help="Draw it again from the recipe inside a file made here; other flags change the recipe.",
         ),
         _option(
             "--weights",
@@ -93,9 +98,9 @@ def options() -> list[click.Parameter]:
         _option(
             "--output",
             "-o",
-            metavar="DIR|FILE.png",
+            metavar="DIR|FILE",
             type=path,
-            help="Where to save (default: GEN_HOME/outputs).",
+            help="Where to save (default: GEN_HOME/outputs); FILE is a .png, or for shapes a .glb.",
         ),
         _option("--device", type=click.Choice(DEVICES), default="auto", help="Where to compute."),
         _option("--dtype", type=click.Choice(DTYPES), default="auto", help="Precision of the numbers."),
@@ -171,7 +176,7 @@ def _requests(
     elif not texts and row.subject not in values:
         raise GenError(
             f"There is no {row.subject.replace('_', ' ')}, so there is nothing to draw.",
-            f'Say what to draw, e.g. gen run {reference} "{EXAMPLES[row.subject]}"',
+            f'Say what to draw, e.g. gen run {reference} "{EXAMPLES[row.makes, row.subject]}"',
             "bad_input",
         )
     if texts and row.subject in values and not recipe:
@@ -185,8 +190,9 @@ def _requests(
         for seed in seeds
     ]
     output = params["output"]
-    if len(requests) > 1 and output is not None and output.suffix.lower() == ".png":
-        message = f"{len(requests)} pictures cannot all be {output.name}."
+    of = outputs.OUTPUTS[row.makes]
+    if len(requests) > 1 and output is not None and output.suffix.lower() == of.ending:
+        message = f"{len(requests)} {of.noun}s cannot all be {output.name}."
         raise GenError(message, "Give a folder as the output.", "bad_input")
     return requests
 
@@ -200,7 +206,7 @@ def _reference(model: str | None, weights: str | None, recipe: Mapping[str, Any]
     name = model or str(made_with["model"])
     row, tag = catalog.find(name)
     if recipe and row.name != made_with["model"]:
-        message = f"The picture was made with {made_with['model']}, not with {row.name}."
+        message = f"The file was made with {made_with['model']}, not with {row.name}."
         raise GenError(message, "Leave the model out to repeat it.", "bad_input")
     # "--weights pixart-sigma:toy" is accepted as well: people copy it from `gen list`.
     chosen = weights.removeprefix(f"{row.name}:") if weights else None
@@ -351,6 +357,7 @@ def _draw(requests: list[Request], settings: Settings, talk: Progress, params: M
     lines = not params["json"] and not params["stream"]
     try:
         for number, request in enumerate(requests):
+            talk.noun = outputs.OUTPUTS[catalog.MODELS[request.model].makes].noun
             if len(requests) > 1 and not talk.quiet:
                 talk.say(f"request {number + 1}/{len(requests)}: {request.subject[:60]}")
             with closing(engine.run(request, settings)) as events:
@@ -361,6 +368,7 @@ def _draw(requests: list[Request], settings: Settings, talk: Progress, params: M
                     if event.result is not None:
                         results.append(event.result)
                         talk.clear()
+                        _tell_of_files(event.result, talk)
                         if lines:
                             printing.line(event.result.id if talk.quiet else str(event.result.path))
     except (GenError, KeyboardInterrupt) as stop:
@@ -372,6 +380,13 @@ def _draw(requests: list[Request], settings: Settings, talk: Progress, params: M
         talk.clear()
     if not lines:
         printing.ok({"results": [result.to_json() for result in results]})
+
+
+def _tell_of_files(result: Result, talk: Progress) -> None:
+    """What lies beside the file whose path is printed."""
+    beside = [path.name for path in result.files.values() if path != result.path]
+    if beside and not talk.quiet:
+        talk.say(f"beside {result.path.name}: {', '.join(beside)}")
 
 
 def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> None:
@@ -408,7 +423,8 @@ def _plan(request: Request, settings: Settings) -> dict[str, Any]:
     with loader.explained(folder):
         store.verify(folder, checksums=False)
         parameters = store.parameters(folder)
-    past = library.typical(request.model, tag, request.inputs, facts.native_size)
+    of = outputs.OUTPUTS[catalog.MODELS[request.model].makes]
+    past = library.typical(request.model, tag, request.inputs, facts.native_size if of.sized else None)
     return {
         "request": request.to_json(),
         "toy": facts.is_toy,
@@ -426,5 +442,5 @@ command = click.Command(
     callback=click.pass_context(run),
     params=options(),
     help=run.__doc__,
-    short_help="Draw pictures: gen run MODEL PROMPT.",
+    short_help="Draw pictures and shapes: gen run MODEL PROMPT.",
 )

@@ -1,7 +1,8 @@
-"""run(request, settings): the only orchestration. Events out, pictures and library rows on the way.
+"""run(request, settings): the only orchestration. Events out, files and library rows on the way.
 
 The caller iterates; closing the iterator stops the run within one step and leaves nothing half-written.
-Pictures of a request are drawn one by one, so that each is bit-equal to the single picture of its seed.
+Results of a request are drawn one by one, so that each is bit-equal to the single one of its seed. What
+differs between pictures and other things is in gen.outputs.
 """
 
 from __future__ import annotations
@@ -15,20 +16,18 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gen import __version__, artifacts, catalog, library, loader, pictures
+from gen import __version__, artifacts, catalog, library, loader, outputs, pictures
 from gen.errors import GenError
 from gen.request import Event, Input, Request, Result, Settings
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from weights.registry import Checkpoint
 
 log = logging.getLogger(__name__)
 
 
 def run(request: Request, settings: Settings | None = None) -> Generator[Event, None, None]:
-    """Make the pictures of the request. Yields Events (see there for the kinds), the last of kind "done".
+    """Make the results of the request. Yields Events (see there for the kinds), the last of kind "done".
 
     Raises GenError: not_installed, corrupt_weights, bad_input, output_not_writable, disk_full, out_of_memory,
     failed. What can be refused is refused before weights are loaded.
@@ -36,12 +35,14 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     settings = settings or Settings()
     row, _ = catalog.find(request.model)
     tag, facts, folder = catalog.choose(row, request.weights)
+    of = outputs.OUTPUTS[row.makes]
     width, height = (request.inputs.get(side, facts.native_size) for side in ("width", "height"))
     arguments = {one.argument: _argument(one, request.inputs[one.name]) for one in row.inputs if one.argument}
-    place = artifacts.prepare(settings.output, request.count, width * height)
+    room = of.bytes(request.inputs, width * height)
+    place = artifacts.prepare(settings.output, request.count, room, of)
 
     started = time.perf_counter()
-    note = f"{row.name}:{tag}" + (" (TOY weights, coloured shapes only)" if facts.is_toy else "")
+    note = f"{row.name}:{tag}" + (f" (TOY weights, {of.toy})" if facts.is_toy else "")
     yield Event(kind="stage", stage="loading", note=note, images=request.count)
     with _explained(request):
         lora = request.inputs.get("lora"), request.inputs.get("lora_scale", 1.0)
@@ -60,20 +61,25 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
 
     results: list[Result] = []
     for image, seed in enumerate(request.seeds):
-        picture = _Picture(image, request.count, loading if image == 0 else 0.0)
+        drawing = _Drawing(of, image, request.count, loading if image == 0 else 0.0)
         with _explained(request):
-            yield from picture.draw(loaded, arguments, seed, settings.preview, (height, width))
-        yield picture.stage("saving")
-        assert picture.result is not None
+            yield from drawing.draw(loaded, arguments, facts, seed, settings.preview, (height, width))
+        remarks = [of.lacks(drawing.thing)]
+        yield drawing.stage("saving")
         entry = artifacts.save(
-            picture.result,
+            drawing.thing,
             settings.output,
             place,
-            _entry(request, seed, facts, loaded, picture),
+            _entry(request, seed, facts, loaded, drawing),
+            of,
+            remarks.append,
         )
+        for remark in filter(None, remarks):
+            yield Event(kind="note", note=remark)
         result = Result(
             id=entry.id,
             path=entry.path,
+            files=entry.paths,
             seed=seed,
             width=entry.width,
             height=entry.height,
@@ -85,14 +91,15 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     yield Event(kind="done", results=tuple(results), images=request.count)
 
 
-class _Picture:
-    """One picture on its way from noise to pixels, and the clock beside it."""
+class _Drawing:
+    """One result on its way from noise to what it is, and the clock beside it."""
 
-    def __init__(self, image: int, images: int, loading: float) -> None:
+    def __init__(self, of: outputs.Output, image: int, images: int, loading: float) -> None:
+        self.of = of
         self.image = image
         self.images = images
         self.seconds: dict[str, float] = {"loading": loading}
-        self.result: Image | None = None
+        self.thing: Any = None
         self._since = time.perf_counter()
 
     def stage(self, name: str) -> Event:
@@ -102,17 +109,18 @@ class _Picture:
         self,
         loaded: loader.Loaded,
         arguments: dict[str, Any],
+        facts: Checkpoint,
         seed: int,
         preview: bool,
         size: tuple[int, int],
     ) -> Iterator[Event]:
-        """Events of the stages encoding, denoising and decoding; then `result` is the picture."""
+        """Events of the stages encoding, denoising and decoding; then `thing` is what was drawn."""
         import torch
 
         pipeline = loaded.pipeline
         if loaded.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        # Noise comes from the CPU's generator on every device, so that a seed means one picture.
+        # Noise comes from the CPU's generator on every device, so that a seed means one result.
         generator = torch.Generator("cpu").manual_seed(seed)
         yield self.stage("encoding")
         self._lap("")
@@ -137,12 +145,12 @@ class _Picture:
                     image=self.image,
                     images=self.images,
                     eta_seconds=left,
-                    preview=pipeline.preview(_expected(step)) if preview else None,
+                    preview=self.of.preview(pipeline, step) if preview else None,
                 )
         self._lap("denoising")
         yield self.stage("decoding")
         self._lap("")
-        self.result = pipeline.decode(step.latents, "pil", size=size)[0]
+        self.thing = self.of.decode(pipeline, step.latents, size, facts)
         self._lap("decoding")
 
     def _lap(self, name: str) -> None:
@@ -162,12 +170,6 @@ def _changes(one: Input, arguments: Mapping[str, Any]) -> str:
     """What was done to a picture that was handed in."""
     picture = arguments.get(one.argument) if one.kind == "image" else None
     return "" if picture is None else pictures.changes(picture)
-
-
-def _expected(step: Any) -> Any:
-    """The latents to look at: what the picture is going to be, where the solver knows it, else the noisy
-    ones."""
-    return step.latents if step.denoised is None else step.denoised
 
 
 def _check(pipeline: Any, row: catalog.Model, arguments: dict[str, Any]) -> None:
@@ -239,13 +241,13 @@ def _not_finite(step: Any, loaded: loader.Loaded) -> GenError:
 
 
 def _entry(
-    request: Request, seed: int, facts: Any, loaded: loader.Loaded, picture: _Picture
+    request: Request, seed: int, facts: Checkpoint, loaded: loader.Loaded, drawing: _Drawing
 ) -> dict[str, Any]:
-    """The fields of library.Entry but for the path. Its recipe is for this one picture: its own seed, count
+    """The fields of library.Entry but for the files. Its recipe is for this one result: its own seed, count
     1."""
-    assert picture.result is not None
     created = time.time()
-    seconds = sum(picture.seconds.values())
+    seconds = sum(drawing.seconds.values())
+    width, height = drawing.of.seen(drawing.thing)
     alone = request.to_json() | {"seed": seed, "count": 1}
     recipe = {
         "request": alone,
@@ -260,7 +262,8 @@ def _entry(
         "versions": versions(),
         "machine": _machine(loaded.device),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(created)),
-        "seconds": {name: round(value, 3) for name, value in picture.seconds.items()},
+        "seconds": {name: round(value, 3) for name, value in drawing.seconds.items()},
+        **drawing.of.said(drawing.thing),
     }
     return {
         "id": library.new_id(),
@@ -270,8 +273,8 @@ def _entry(
         "fingerprint": loaded.fingerprint,
         "seed": seed,
         "prompt": request.subject,
-        "width": picture.result.width,
-        "height": picture.result.height,
+        "width": width,
+        "height": height,
         "seconds": seconds,
         "peak_bytes": _peak_bytes(loaded.device),
         "toy": facts.is_toy,
@@ -320,9 +323,10 @@ def _explained(request: Request) -> Iterator[None]:
         ):
             raise
         loader.forget()
-        size = "x".join(str(request.inputs[side]) for side in ("width", "height") if side in request.inputs)
+        of = outputs.OUTPUTS[catalog.MODELS[request.model].makes]
+        size = of.size_asked(request.inputs)
         raise GenError(
-            f"A picture{' of ' if size else ''}{size} did not fit into memory.",
-            "Try a smaller --size, --dtype bfloat16, or end other programs that use the memory.",
+            f"A {of.noun}{' of ' if size else ''}{size} did not fit into memory.",
+            f"Try {of.smaller}, --dtype bfloat16, or end other programs that use the memory.",
             "out_of_memory",
         ) from error

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ MIGRATIONS: tuple[str, ...] = (
     ) STRICT
     """,
     "CREATE INDEX results_by_time ON results (created DESC)",
+    # The result's files, JSON: kind -> name, all beside `path`, which is one of them. Empty: `path` alone.
+    "ALTER TABLE results ADD COLUMN files TEXT NOT NULL DEFAULT '{}'",
 )
 
 
@@ -65,7 +67,7 @@ def log_bug(error: BaseException) -> Path | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One row: a picture that was made."""
+    """One row: a picture, or a cloud of points, that was made."""
 
     id: str
     created: float  # seconds since 1970
@@ -81,6 +83,14 @@ class Entry:
     peak_bytes: int
     toy: bool
     recipe: dict[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)  # kind -> name, beside `path`; empty: it alone
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """All files, by kind."""
+        if not self.files:
+            return {self.path.suffix.lower().removeprefix("."): self.path}
+        return {kind: self.path.with_name(name) for kind, name in self.files.items()}
 
     @property
     def request(self) -> dict[str, Any]:
@@ -88,7 +98,8 @@ class Entry:
         return dict(self.recipe["request"])
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "path": str(self.path)}
+        files = {kind: str(path) for kind, path in self.paths.items()}
+        return {**vars(self), "path": str(self.path), "files": files}
 
 
 def new_id() -> str:
@@ -113,7 +124,11 @@ def adding() -> Iterator[Callable[[Entry], None]]:
     with _open() as db, _transaction(db):
 
         def add(entry: Entry) -> None:
-            row = vars(entry) | {"path": _stored(entry.path), "recipe": json.dumps(entry.recipe)}
+            row = vars(entry) | {
+                "path": _stored(entry.path),
+                "recipe": json.dumps(entry.recipe),
+                "files": json.dumps(dict(entry.files)),
+            }
             names = ", ".join(row)
             places = ", ".join(f":{name}" for name in row)
             db.execute(f"INSERT INTO results ({names}) VALUES ({places})", row)
@@ -130,7 +145,7 @@ def get(id: str) -> Entry:
     """The row of this id. Raises not_found."""
     rows = _select("WHERE id = ?", (id,))
     if not rows:
-        raise GenError(f"No picture '{id[:60]}' in the library.", "`gen history` lists them.", "not_found")
+        raise GenError(f"No result '{id[:60]}' in the library.", "`gen history` lists them.", "not_found")
     return rows[0]
 
 
@@ -151,11 +166,12 @@ def search(text: str = "", model: str | None = None, limit: int = 50) -> list[En
 
 
 def delete(id: str) -> None:
-    """Remove the row and its file. A file that is already gone is no error. Raises not_found."""
+    """Remove the row and its files. A file that is already gone is no error. Raises not_found."""
     entry = get(id)
     with _open() as db, _transaction(db):
         db.execute("DELETE FROM results WHERE id = ?", (id,))
-        entry.path.unlink(missing_ok=True)
+        for path in entry.paths.values():
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -167,13 +183,15 @@ class Typical:
     peak_bytes: int
 
 
-def typical(model: str, weights: str, inputs: Mapping[str, Any], native: int) -> Typical | None:
-    """What the last pictures of the same size and steps took, or None without any. `native`: pixels per side
-    of models that draw in one size."""
+def typical(model: str, weights: str, inputs: Mapping[str, Any], native: int | None) -> Typical | None:
+    """What the last results of the same size and steps took, or None without any. `native`: pixels per side
+    of models that draw in one size; None for what is not measured in pixels."""
+    width, height = inputs.get("width", native), inputs.get("height", native)
     rows = _select(
-        "WHERE model = ? AND weights = ? AND width = ? AND height = ? "
+        "WHERE model = ? AND weights = ? AND width = IFNULL(?, width) AND height = IFNULL(?, height) "
+        "AND json_extract(recipe, '$.request.inputs.points') IS ? "
         "AND json_extract(recipe, '$.request.inputs.steps') = ? ORDER BY created DESC LIMIT 9",
-        (model, weights, inputs.get("width", native), inputs.get("height", native), inputs["steps"]),
+        (model, weights, width, height, inputs.get("points"), inputs["steps"]),
     )
     if not rows:
         return None
@@ -205,6 +223,7 @@ def _entry(row: sqlite3.Row) -> Entry:
             "path": home() / fields["path"],
             "toy": bool(row["toy"]),
             "recipe": json.loads(row["recipe"]),
+            "files": json.loads(row["files"]),
         }
     )
 

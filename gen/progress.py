@@ -17,6 +17,7 @@ class Progress:
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.quiet = quiet
+        self.noun = "picture"  # what is being made
         self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.live and not os.environ.get("NO_COLOR")
         self._drawn = 0  # characters of the live line
@@ -27,7 +28,7 @@ class Progress:
             self.say(f"note: {event.note}")
         if self.quiet:
             return
-        which = f"picture {event.image + 1}/{event.images}, " if event.images > 1 else ""
+        which = f"{self.noun} {event.image + 1}/{event.images}, " if event.images > 1 else ""
         if event.kind == "stage":
             self._said = time.monotonic()
             if event.stage == "loading":  # which weights, and that they are toys, must stay to be read

@@ -451,7 +451,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
-    output: Path | None = None  # a folder, or for one picture a file ending in .png; None: GEN_HOME/outputs
+    output: Path | None = None  # a folder, or for one result its own file, as x.png; None: GEN_HOME/outputs
     preview: bool = True  # attach a small picture to step events
 
     def __post_init__(self) -> None:
@@ -465,15 +465,16 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One picture on disk with its row in the library."""
+    """One picture or other thing on disk with its row in the library."""
 
     id: str
-    path: Path
+    path: Path  # its own file
     seed: int
     width: int  # pixels
     height: int  # pixels
     seconds: float
     recipe: dict[str, Any]
+    files: Mapping[str, Path] = field(default_factory=dict)  # by kind; `path` is among them
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -484,6 +485,7 @@ class Result:
             "height": self.height,
             "seconds": round(self.seconds, 3),
             "recipe": self.recipe,
+            "files": {kind: str(path) for kind, path in self.files.items()},
         }
 
 

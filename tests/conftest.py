@@ -123,6 +123,33 @@ def tiny_delta_folder(tiny_toy_folder: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_dit3d_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of clouds with random numbers: 8 voxels per side, 3 classes. Its clouds are of the size of
+    the data, but of no shape."""
+    import torch
+
+    from pipelines.dit3d import DiT3DPipeline
+    from pipelines.dpm_solver import DPMSolver
+    from pipelines.models.dit3d import DiT3DModel
+
+    folder = tmp_path_factory.mktemp("toy") / "dit-3d"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        network = DiT3DModel(
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_embeds_ada_norm=3,
+            sample_size=8,
+            patch_size=2,
+        )
+    names = {0: "airplane, plane", 1: "chair", 2: "mug"}
+    solver = DPMSolver(prediction_type="v_prediction")
+    DiT3DPipeline(network, solver, names, mean=(0.0, 0.02, 0.0), std=0.17).save_pretrained(folder)
+    return folder
+
+
 def write_tokenizer(folder: Path) -> None:
     """A T5 tokenizer of whole words and letters; the empty prompt is one token, the end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -94,6 +94,7 @@ DIT3D_TOY = replace(
     summary="Embedded: clouds of points of six families of shapes, trained within the hour",
     folder="toy/dit-3d",
     recipe="dit-3d:toy",
+    pipeline="DiT3DPipeline",
 )
 
 CLOUD_JUDGE = replace(
@@ -102,6 +103,7 @@ CLOUD_JUDGE = replace(
     summary="Embedded: reads the family and the parts of clouds of points",
     folder="toy/cloud-judge",
     recipe="cloud-judge:toy",
+    pipeline="",
 )
 
 _PIXART = {

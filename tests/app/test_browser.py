@@ -154,12 +154,16 @@ def test_a_closed_tab_does_not_end_the_job_and_the_next_one_picks_it_up(browser:
 
 @pytest.fixture(scope="session")
 def others(
-    tiny_toy_folder: Path, tiny_dit_folder: Path, tiny_delta_folder: Path, tmp_path_factory
+    tiny_toy_folder: Path,
+    tiny_dit_folder: Path,
+    tiny_delta_folder: Path,
+    tiny_dit3d_folder: Path,
+    tmp_path_factory,
 ) -> Iterator[Server]:
-    """A server with a model of classes and one that takes a control image."""
+    """A server with models of classes, of pictures and of clouds, and one that takes a control image."""
     root = tmp_path_factory.mktemp("others")
     (root / "toy").mkdir()
-    for folder in (tiny_toy_folder, tiny_dit_folder, tiny_delta_folder):
+    for folder in (tiny_toy_folder, tiny_dit_folder, tiny_delta_folder, tiny_dit3d_folder):
         (root / "toy" / folder.name).symlink_to(folder)
     with serving(tmp_path_factory.mktemp("home"), GEN_WEIGHTS_DIR=str(root)) as running:
         yield running
@@ -183,6 +187,104 @@ def test_a_class_is_found_by_typing_and_drawn(browser: Browser, others: Server):
         page.get_by_role("button", name="Generate").click()
         assert result(page)["width"] == 128
         expect(page.get_by_role("row", name="Class red cube")).to_be_visible()
+
+
+PAINTED = """canvas => {
+  const { width, height } = canvas;
+  const copy = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  copy.drawImage(canvas, 0, 0);
+  const pixels = copy.getImageData(0, 0, width, height).data;
+  let painted = 0, sum = 0;
+  for (let n = 3; n < pixels.length; n += 4) {
+    if (pixels[n]) painted += 1;
+    sum = (sum * 31 + pixels[n - 3] + pixels[n]) % 1000003;
+  }
+  return [painted / width / height, sum];
+}"""
+
+
+def test_a_cloud_is_seen_turned_and_downloaded_and_comes_back_from_the_history(
+    browser: Browser, others: Server
+):
+    with looking(browser, others.url, viewport={"width": 1280, "height": 900}) as page:
+        choose(page, "dit-3d:toy")
+        page.get_by_label("Class", exact=True).click()
+        expect(page.get_by_role("option")).to_have_count(3)
+        page.get_by_role("option", name="chair").click()
+        form = page.locator("#form")
+        for label, value in {"Points": 300, "Steps": 30}.items():
+            box = form.get_by_label(f"number input for {label}")
+            box.fill(str(value))
+            box.press("Tab")
+        page.get_by_role("button", name="Generate").click()
+        canvas = page.locator("#result cloud-viewer canvas")
+        expect(canvas).to_be_visible()
+        page.wait_for_timeout(300)  # a frame
+        assert any(said["preview"] for said in progress(page)), "no preview was shown"
+        part, first = canvas.evaluate(PAINTED)
+        assert 0.02 < part < 0.9, part
+
+        box = canvas.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        seen = [first]
+
+        def look() -> int:
+            page.wait_for_timeout(200)
+            seen.append(canvas.evaluate(PAINTED)[1])
+            return seen[-1]
+
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 90, y + 20, steps=4)
+        page.mouse.up()
+        assert look() != first, "dragging turns it"
+        page.mouse.move(x - 90, y)
+        assert look() == seen[-2], "only while held"
+        canvas.focus()
+        page.keyboard.press("ArrowLeft")
+        look()
+        page.keyboard.press("+")
+        look()
+        assert len({*seen[:2], *seen[3:]}) == 4, "keys turn it and come closer"
+        canvas.dblclick()
+        assert look() == first, "and back to the start"
+
+        entry = page.get_by_role("region", name="Recipe")
+        expect(entry.get_by_role("row", name="Class chair")).to_be_visible()
+        expect(entry.get_by_role("row", name="Points 300")).to_be_visible()
+        expect(page.locator("figcaption .badge")).to_have_text("TOY")
+        links = page.locator("#result .actions a")
+        names = []
+        for link in links.all():
+            with page.expect_download() as waiting:
+                link.click()
+            names.append(waiting.value.suggested_filename)
+            recipe = artifacts.read_recipe(others.home / "outputs" / others.files[-1].parent.name / names[-1])
+            assert recipe["request"]["inputs"]["points"] == 300
+            assert Path(waiting.value.path()).stat().st_size > 1000
+        endings = {name.partition("chair")[2] for name in names}
+        assert {".glb", ".ply", ".obj", ".png"} <= endings
+
+        page.reload()
+        tile = page.locator("#history").get_by_role("button", name="chair").first
+        page.wait_for_function("document.querySelector('#history .first-view img')?.naturalWidth > 0")
+        tile.click()
+        expect(canvas).to_be_visible()
+        page.wait_for_timeout(300)
+        assert canvas.evaluate(PAINTED)[0] > 0.02
+        page.get_by_role("button", name="Use this recipe").click()
+        expect(page.get_by_label("number input for Points")).to_have_value("300")
+
+
+def test_a_cloud_that_cannot_be_read_leaves_its_picture(browser: Browser, others: Server):
+    with looking(browser, others.url) as page:
+        page.evaluate(
+            """() => document.body.insertAdjacentHTML("afterbegin",
+                '<cloud-viewer id="bad" src="/api/health"><img alt="fallback"></cloud-viewer>')"""
+        )
+        page.wait_for_function("document.querySelector('#bad').title.includes('no PLY')")
+        expect(page.locator("#bad img")).to_be_attached()
+        assert page.locator("#bad canvas").count() == 0
 
 
 def test_a_control_image_shows_its_edges_steers_and_comes_back_from_the_history(

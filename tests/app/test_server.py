@@ -122,6 +122,33 @@ def test_a_request_is_drawn_with_a_picture_sent_as_base64(
     assert client.get(f"/files/{last['results'][0]['id']}").status_code == 200
 
 
+def test_a_cloud_is_drawn_and_its_files_go_out_by_id_and_kind(
+    client: TestClient, tiny_dit3d_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "dit-3d").symlink_to(tiny_dit3d_folder)
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(tmp_path))
+    inputs = {"class_label": "mug", "points": 64, "steps": 2, "files": "points"}
+    answer = client.post("/api/generations", json={"model": "dit-3d:toy", "inputs": inputs, "seed": 4})
+    assert answer.status_code == 202, answer.text
+    events = client.get(f"/api/generations/{answer.json()['id']}/events").text.splitlines()
+    last = json.loads(events[-1])
+    assert last["event"] == "done", last
+    (result,) = last["results"]
+    assert result["files"].keys() == {"glb", "ply", "obj", "png"}
+    for kind, path in result["files"].items():
+        answer = client.get(f"/files/{result['id']}/{kind}")
+        assert answer.content == Path(path).read_bytes()
+        shown = "inline" if kind == "png" else "attachment"
+        assert answer.headers["content-disposition"] == f'{shown}; filename="{Path(path).name}"'
+    assert client.get(f"/files/{result['id']}").content[:4] == b"glTF"
+    for kind in ("mp4", "..%2f..%2flibrary.sqlite3", "GLB"):
+        answer = client.get(f"/files/{result['id']}/{kind}")
+        assert answer.status_code == 404, kind
+        assert b"SQLite" not in answer.content
+    assert client.get("/files/nobody/glb").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [

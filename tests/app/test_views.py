@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app import page, views
+from app import look, page, views
 from gen.catalog import MODELS
 from gen.errors import REGISTRY
 from gen.library import Entry
+from gen.outputs import OUTPUTS
 from gen.request import STAGES, Event
 
 NASTY = """<script>alert("x")</script> & 'more'"""
@@ -67,6 +68,53 @@ def test_nothing_in_an_entry_is_taken_for_markup(show):
     html = show(entry(prompt=NASTY, fingerprint=NASTY, path=Path(NASTY.replace("/", "")), recipe=recipe))
     assert "<script" not in html
     assert escape(NASTY) in html
+
+
+def cloud(*kinds: str, **fields: object) -> Entry:
+    request = entry().request | {"model": "dit-3d", "inputs": {"class_label": "chair", "points": 64}}
+    files = {kind: f"a-chair.{kind}" for kind in kinds}
+    recipe = {"request": request, "weights": {"fingerprint": "f00d"}}
+    known = {
+        "model": "dit-3d",
+        "path": Path("a-chair.glb"),
+        "prompt": "chair",
+        "files": files,
+        "recipe": recipe,
+    }
+    return entry(**{**known, **fields})
+
+
+def test_a_cloud_has_a_viewer_a_picture_for_lack_of_one_and_a_button_for_each_file():
+    html = views.result(cloud("glb", "mesh", "ply", "obj", "png", "mp4"))
+    assert '<cloud-viewer src="/files/abc123/ply"' in html
+    assert (
+        '<img src="/files/abc123/png"' in html.partition("<cloud-viewer")[2].partition("</cloud-viewer>")[0]
+    )
+    assert '<video class="film" src="/files/abc123/mp4"' in html
+    for kind in ("glb", "mesh", "ply", "obj", "png", "mp4"):
+        assert f'href="/files/abc123/{kind}" download="a-chair.{kind}"' in html
+    assert "badge" in html and 'data-use="abc123"' in html
+    plain = views.result(cloud("glb", "ply", "obj", "png"))
+    assert "<video" not in plain and "/mesh" not in plain
+    assert "/files/abc123/png" in views.tile(cloud("glb", "png", width=640, height=320), words=True)
+
+
+def test_nothing_in_a_cloud_is_taken_for_markup():
+    html = views.result(cloud("glb", "ply", prompt=NASTY)) + views.tile(
+        cloud("glb", "png", prompt=NASTY), words=True
+    )
+    assert "<script" not in html
+
+
+def test_every_kind_of_file_is_told_in_words():
+    assert set(views.FILE_WORDS) == set(OUTPUTS["cloud"].endings)
+
+
+def test_a_view_of_a_sheet_is_cut_out_as_the_style_sheet_thinks():
+    from gen import point_views
+
+    assert (point_views.COLUMNS, point_views.VIEWS) == (4, 8)
+    assert "width: 400%; max-width: none; aspect-ratio: 2" in look.CSS
 
 
 def test_a_message_names_the_error_and_the_way_out_and_escapes_both():

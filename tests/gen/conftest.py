@@ -51,6 +51,17 @@ def installed_delta(installed, tiny_delta_folder, tmp_path, monkeypatch) -> Path
 
 
 @pytest.fixture
+def installed_dit3d(installed, tiny_dit3d_folder, tmp_path, monkeypatch) -> Path:
+    """dit-3d:toy is on this machine as well."""
+    root = tmp_path / "weights"
+    (root / "toy").mkdir(parents=True)
+    (root / "toy" / "dit-3d").symlink_to(tiny_dit3d_folder)
+    (root / "toy" / "pixart-sigma").symlink_to((installed / "toy" / "pixart-sigma").resolve())
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(root))
+    return root
+
+
+@pytest.fixture
 def draw(installed):
     """draw("a red cube", seed=1) -> the list of results, in two steps at 64 pixels unless told otherwise."""
 

@@ -29,7 +29,8 @@ def test_the_pipeline_exists_and_takes_what_the_row_names(row):
     }
     for one in row.inputs:
         assert not one.argument or one.argument in taken, f"denoise takes no {one.argument}"
-    for verb in ("from_pretrained", "check", "decode", "preview", "set_attention"):
+    own = {"image": ("preview",), "cloud": ()}[row.makes]  # the rest is done by gen.outputs
+    for verb in ("from_pretrained", "check", "decode", "set_attention", *own):
         assert callable(getattr(pipeline, verb))
 
 
@@ -116,5 +117,6 @@ def test_a_value_the_model_does_not_take_names_those_that_do(installed):
         MODELS["pixart-sigma"], name="narrow", inputs=(catalog.PROMPT, catalog.SEED, catalog.COUNT)
     )
     assert (
-        catalog.not_taken(narrow, "guidance").hint == "Models that take it: pixart-sigma, pixart-delta, dit."
+        catalog.not_taken(narrow, "guidance").hint
+        == "Models that take it: pixart-sigma, pixart-delta, dit, dit-3d."
     )

@@ -110,6 +110,31 @@ def test_deleting_removes_row_and_file_and_forgives_a_file_that_is_gone():
     assert caught.value.code == "not_found"
 
 
+def test_files_beside_the_own_one_go_with_it_and_older_rows_have_one():
+    one = add(entry(files={"glb": "picture.glb", "png": "picture.png"}))
+    folder = one.path.parent
+    assert library.get(one.id).paths == {"glb": folder / "picture.glb", "png": folder / "picture.png"}
+    folder.mkdir(parents=True)
+    for path in one.paths.values():
+        path.touch()
+    library.delete(one.id)
+    assert list(folder.iterdir()) == []
+    assert entry().paths == {"png": entry().path}
+
+
+def test_a_library_of_before_there_were_several_files_is_read(tmp_path):
+    library.home().mkdir()
+    with sqlite3.connect(library.home() / "library.sqlite3") as db:
+        library.migrate(db, library.MIGRATIONS[:2])
+        old = entry()
+        row = vars(old) | {"path": "outputs/picture.png", "recipe": "{}"}
+        del row["files"]
+        db.execute(
+            f"INSERT INTO results ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()]
+        )
+    assert library.get(old.id).paths == {"png": old.path}
+
+
 def test_typical_is_the_median_of_the_same_work():
     for loading, seconds in ((0.5, 1.5), (0, 9.0), (0, 2.0)):
         recipe = {"request": {"inputs": {"steps": 20}}, "seconds": {"loading": loading}}

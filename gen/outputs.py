@@ -1,0 +1,150 @@
+"""The table of what models make: how each kind of result is decoded, shown on the way, and written to files.
+
+A row of the catalog names its kind in `makes`; engine, files, history and page ask the row here, and have no
+branches of their own. Nothing heavy is imported at the top: the command line reads endings from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from weights.registry import Checkpoint
+
+Inputs = Mapping[str, Any]
+Recipe = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One row. `thing` below is what `decode` gives."""
+
+    noun: str
+    toy: str  # what toy weights know of the world
+    smaller: str  # what to try when memory is too small
+    endings: Mapping[str, str]  # kind of file -> ending of its name; the first is the result's own file
+    picture: str  # the kind of file that a browser shows as its picture
+    decode: Callable[[Any, Any, tuple[int, int], Checkpoint], Any]  # pipeline, latents, (Y, X) -> thing
+    preview: Callable[[Any, Any], Image | None]  # pipeline, Step -> a small picture; None: not at this step
+    seen: Callable[[Any], tuple[int, int]]  # thing -> width and height of its picture, in pixels
+    write: Callable[[Any, str, Path, Recipe], None]  # thing, kind of file, path, recipe
+    size_asked: Callable[[Inputs], str]  # how large it is to be, for people; empty where that is not asked
+    size_made: Callable[[Inputs, int, int], str]  # inputs, width, height -> how large it is, for people
+    bytes: Callable[[Inputs, int], int]  # inputs, pixels -> room for all its files, at most
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # value of the input "files" -> more
+    always: tuple[str, ...]  # kinds of files that are made of each
+    sized: bool = False  # whether its weights have a native size in pixels
+    said: Callable[[Any], Recipe] = lambda thing: {}  # what the recipe says of the thing beside all else
+    lacks: Callable[[Any], str] = lambda thing: ""  # what a person should know of it; empty for nothing
+
+    @property
+    def ending(self) -> str:
+        """Of the result's own file."""
+        return next(iter(self.endings.values()))
+
+    def kinds(self, inputs: Inputs) -> tuple[str, ...]:
+        """The kinds of files to make, in the table's order."""
+        wanted = {*self.always, *self.files.get(inputs.get("files", ""), ())}
+        return tuple(kind for kind in self.endings if kind in wanted)
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def _decode_image(pipeline: Any, latents: Any, size: tuple[int, int], facts: Checkpoint) -> Image:
+    image: Image = pipeline.decode(latents, "pil", size=size)[0]
+    return image
+
+
+def _preview_image(pipeline: Any, step: Any) -> Image:
+    """What the picture is going to be, where the solver knows it, else the noisy latents."""
+    image: Image = pipeline.preview(step.latents if step.denoised is None else step.denoised)
+    return image
+
+
+def _write_image(thing: Any, kind: str, path: Path, recipe: Recipe) -> None:
+    from gen import artifacts
+
+    artifacts.write_png(thing, path, recipe)
+
+
+# --------------------------------------------------------------------------------------------------- clouds
+
+
+def _decode_cloud(pipeline: Any, latents: Any, size: tuple[int, int], facts: Checkpoint) -> Any:
+    from gen import clouds
+
+    return clouds.decode(pipeline, latents, toy=facts.is_toy)
+
+
+def _preview_cloud(pipeline: Any, step: Any) -> Image | None:
+    from gen import clouds
+
+    return clouds.preview(pipeline, step)
+
+
+def _seen_cloud(thing: Any) -> tuple[int, int]:
+    from gen import point_views
+
+    rows = -(-point_views.VIEWS // point_views.COLUMNS)
+    return point_views.COLUMNS * point_views.VIEW_SIZE, rows * point_views.VIEW_SIZE
+
+
+def _write_cloud(thing: Any, kind: str, path: Path, recipe: Recipe) -> None:
+    from gen import point_files
+
+    point_files.FORMATS[kind].write(path, thing.cloud, recipe)
+
+
+OUTPUTS: Mapping[str, Output] = {
+    "image": Output(
+        noun="picture",
+        toy="coloured shapes only",
+        smaller="a smaller --size",
+        endings={"png": ".png"},
+        picture="png",
+        always=("png",),
+        decode=_decode_image,
+        preview=_preview_image,
+        seen=lambda thing: (thing.width, thing.height),
+        write=_write_image,
+        size_asked=lambda inputs: "x".join(
+            str(inputs[side]) for side in ("width", "height") if side in inputs
+        ),
+        size_made=lambda inputs, width, height: f"{width}x{height}",
+        bytes=lambda inputs, pixels: 3 * pixels,  # a PNG of noise is as large as its pixels
+        sized=True,
+    ),
+    # The own file is GLB: nearly every viewer of three dimensions opens it, those of browsers and phones as
+    # well, and it holds points as points and as little balls, for viewers that draw points as single dots.
+    "cloud": Output(
+        noun="cloud",
+        toy="a few kinds of simple things",
+        smaller="fewer --points",
+        endings={  # as in gen.point_files, which loads numpy; a test compares
+            "glb": ".glb",
+            "mesh": ".mesh.glb",
+            "ply": ".ply",
+            "obj": ".obj",
+            "png": ".png",
+            "mp4": ".mp4",
+        },
+        picture="png",
+        always=("glb", "ply", "obj", "png"),
+        files={"points": (), "mesh": ("mesh",), "film": ("mp4",), "all": ("mesh", "mp4")},
+        decode=_decode_cloud,
+        preview=_preview_cloud,
+        seen=_seen_cloud,
+        write=_write_cloud,
+        size_asked=lambda inputs: f"{inputs['points']} points",
+        size_made=lambda inputs, width, height: f"{inputs['points']} points",
+        bytes=lambda inputs, pixels: 500 * int(inputs["points"]) + 4 * 2**20,
+        said=lambda thing: {"coloured_by": thing.coloured_by},
+        lacks=lambda thing: thing.lacks,
+    ),
+}
