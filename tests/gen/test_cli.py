@@ -348,7 +348,7 @@ def test_an_option_that_only_other_models_take_names_them(gen, monkeypatch):
         assert code == 2
         assert "plain takes no option" in err
     assert (
-        "Models that take it: pixart-sigma, pixart-delta, dit."
+        "Models that take it: pixart-sigma, pixart-delta, dit, dit-3d."
         in gen("run", "plain", "x", "--guidance", "3")[2]
     )
 
