@@ -32,6 +32,12 @@ def generate(page: Page, prompt: str, **numbers: int) -> None:
     page.get_by_role("button", name="Generate").click()
 
 
+def reload(page: Page) -> None:
+    """Once all that the page asked for has been answered: it complains of streams that break."""
+    page.wait_for_timeout(1500)
+    page.reload()
+
+
 def result(page: Page) -> dict[str, int]:
     """Wait for the picture; return its own size and the size at which it is seen."""
     expect(page.locator("img.result")).to_be_visible()
@@ -265,7 +271,7 @@ def test_a_cloud_is_seen_turned_and_downloaded_and_comes_back_from_the_history(
         endings = {name.partition("chair")[2] for name in names}
         assert {".glb", ".ply", ".obj", ".png"} <= endings
 
-        page.reload()
+        reload(page)
         tile = page.locator("#history").get_by_role("button", name="chair").first
         page.wait_for_function("document.querySelector('#history .first-view img')?.naturalWidth > 0")
         tile.click()
@@ -313,7 +319,7 @@ def test_a_control_image_shows_its_edges_steers_and_comes_back_from_the_history(
         kept = [*(others.home / "inputs").iterdir()]
         assert len(kept) == 1
 
-        page.reload()
+        reload(page)
         page.locator("#history").get_by_role("button", name="a red box").first.click()
         page.get_by_role("button", name="Use this recipe").click()
         expect(edges).to_be_visible()
@@ -356,7 +362,7 @@ def test_the_history_survives_a_reload_is_searched_and_gives_recipes_back(page: 
     result(page)
     seed = page.get_by_role("row", name=re.compile("^Seed")).locator("td").inner_text()
 
-    page.reload()
+    reload(page)
     history = page.locator("#history")
     expect(history.get_by_text("a green cone for the record")).to_have_count(1)
     search = page.get_by_label("Search the history")
@@ -449,8 +455,7 @@ def test_the_dark_button_turns_the_page_and_is_remembered(browser: Browser, serv
         button.click()
         expect(button).to_have_attribute("aria-pressed", "true")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
-        page.wait_for_timeout(1000)  # what the page asked for when it opened has been answered by then
-        page.reload()
+        reload(page)
         expect(button).to_have_attribute("aria-pressed", "true")
         button.click()
         expect(button).to_have_attribute("aria-pressed", "false")
