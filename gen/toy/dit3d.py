@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gen.optim import MuonAdamW, split_parameters
 from gen.toy import data
-from gen.toy.denoising import BETAS, NoiseLevels, plain_attention, seeded_generator
+from gen.toy.denoising import BETAS, NoiseLevels, draw_times, plain_attention, seeded_generator
 from gen.toy.models3d import NAMES, Shape, cloud, shapes
 from gen.toy.pixart import finish_folder, start_folder
 from pipelines.dit3d import DiT3DPipeline
@@ -140,7 +140,7 @@ class CloudTask:
         labels = self.labels[picks].masked_fill(dropped, NULL).to(self.device)
         stored = self.points[picks.to(self.device)].float()
         x = stored.gather(1, which.to(self.device)[..., None].expand(-1, -1, 3)).mT
-        t = torch.randint(1000, (batch,), generator=rng).to(self.device)
+        t = draw_times(batch, rng).to(self.device)  # above 700 there is next to nothing to see
         noise = torch.randn(x.shape, generator=rng).to(self.device)
         alpha, sigma = self.levels.alpha[t, None, None], self.levels.sigma[t, None, None]
         out = self.module(alpha * x + sigma * noise, t, labels).sample
