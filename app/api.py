@@ -1,6 +1,6 @@
 """REST: what models there are, drawing, whether the server is well, and the files that were made.
 
-Files are addressed by the id of their row in the library, never by a path. Pictures come in as bytes.
+Files are addressed by the id of their row in the library, never by a path; what goes in comes as bytes.
 """
 
 import json
@@ -15,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 
 import gen
-from gen import jobs, library, pictures
+from gen import jobs, library, pictures, point_inputs
 from gen.catalog import MODELS, Model, installed
 from gen.errors import GenError
 
@@ -59,14 +59,22 @@ def describe(row: Model) -> dict[str, Any]:
     }
 
 
-@router.post("/api/inputs")
-async def keep(incoming: Incoming) -> dict[str, str]:
-    """Keep the picture in the body, of any content type; the header X-Name may say its name.
+# Kind of input -> what keeps a file of it
+KEEPERS = {"image": pictures.keep, "points": point_inputs.keep}
 
-    Answers with its reference {"sha256", "name"}, which stands for the picture in a request.
+
+@router.post("/api/inputs")
+async def keep(incoming: Incoming, kind: str = "image") -> dict[str, str]:
+    """Keep the picture, or with ?kind=points the points, in the body, of any content type; the header X-Name
+    may say its name.
+
+    Answers with its reference {"sha256", "name"}, which stands for it in a request.
     """
+    if kind not in KEEPERS:
+        known = f"Say ?kind={' or ?kind='.join(KEEPERS)}."
+        raise GenError(f"No files of the kind '{kind[:60]}' are kept.", known, "bad_input")
     content = await read(incoming, pictures.MOST_BYTES)
-    reference = await run_in_threadpool(pictures.keep, content)
+    reference = await run_in_threadpool(KEEPERS[kind], content)
     return reference | pictures.named(unquote(incoming.headers.get("x-name", "")))
 
 
@@ -74,7 +82,8 @@ async def keep(incoming: Incoming) -> dict[str, str]:
 async def submit(incoming: Incoming) -> dict[str, str]:
     """Queue what the body asks for: the JSON of a Request, as recipes hold it. Answers with the job's id.
 
-    A picture is a reference from /api/inputs, {"data": base64, "name"}, base64 or a data URL.
+    A picture, or a file of points, is a reference from /api/inputs, {"data": base64, "name"}, base64 or a
+    data URL.
     """
     body = await read(incoming, pictures.MOST_BYTES * 4 // 3 + 2**20)
     try:

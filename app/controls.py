@@ -1,13 +1,15 @@
 """The table that turns an Input of a catalog row into a widget of the page: one row per kind."""
 
+import os
 from abc import ABCMeta
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 
-from gen import pictures
+from gen import library, pictures, point_inputs
 from gen.request import Input, class_name
 
 
@@ -47,11 +49,14 @@ def _label(of: Input, value: Any) -> dict[str, Any]:
 
 def _seed(of: Input, value: Any) -> dict[str, Any]:
     # Text, because seeds go up to 2**63 and a number in the browser is exact only up to 2**53.
-    return {"value": "" if value is None else str(value), "max_lines": 1, "placeholder": "random each time"}
+    typed = {"value": "" if value is None else str(value), "max_lines": 1}
+    if of.name == "seed":
+        return typed | {"placeholder": "random each time"}
+    return typed | {"placeholder": "none", "info": sentence(of.help)}
 
 
 def _number(of: Input, value: Any) -> dict[str, Any]:
-    words = {"info": sentence(of.help), "placeholder": of.default_words() or "left to the model"}
+    words = {"info": sentence(of.help), "placeholder": of.default_words() or "left out"}
     return {"value": value, "minimum": of.minimum, "maximum": of.maximum, "step": of.step, **words}
 
 
@@ -84,6 +89,20 @@ def _image(of: Input, value: Any) -> dict[str, Any]:
     }
 
 
+def _points(of: Input, value: Any) -> dict[str, Any]:
+    shown = str(_named_copy(value)) if isinstance(value, dict) else None
+    return {"value": shown, "height": 120, "type": "filepath"}
+
+
+def _named_copy(reference: dict[str, str]) -> Path:
+    """The kept file under its own name, in the folder that Gradio shows files from."""
+    cache = Path(os.environ.get("GRADIO_TEMP_DIR") or library.home() / "cache" / "gradio")
+    place = cache / reference["sha256"] / (reference["name"].lstrip(".") or "points")  # ".." is no name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(pictures.kept(reference, point_inputs.ENDING, "points"))
+    return place
+
+
 def _lora(of: Input, value: Any) -> dict[str, Any]:
     names = [*(of.choices or ())]
     names += [value] if value and value not in names else []
@@ -103,6 +122,7 @@ CONTROLS: dict[str, Control] = {
     "label": Control(gr.Dropdown, _label),  # typing searches it
     "seed": Control(gr.Textbox, _seed),
     "image": Control(Upload, _image),
+    "points": Control(gr.File, _points),
     "lora": Control(gr.Dropdown, _lora),
 }
 EMPTY = Control(gr.Number, _number)  # of numbers that may be left out: a slider always has a value
@@ -122,7 +142,11 @@ def widget(of: Input, model: str) -> gr.components.Component:
     """Make the widget of one of a model's inputs, with its label as the name that screen readers say."""
     looks = control(of)
     named: dict[str, Any] = {"label": of.label, "elem_id": f"{model}-{of.name}"}
-    if of.kind != "seed":
+    if of.kind == "points":  # Gradio's widget has no place for words
+        made = looks.widget(**named, **looks.arguments(of, of.default))
+        gr.HTML(f'<p class="hint-line">{escape(sentence(of.help))}.</p>', apply_default_css=False)
+        return made
+    if of.name != "seed":
         return looks.widget(**named, **looks.arguments(of, of.default))
     with gr.Row(elem_classes="with-button"):
         made = looks.widget(**named, **looks.arguments(of, of.default))

@@ -158,7 +158,7 @@ kbd {
 .card .head label > span { margin: 0 !important; }
 .card .head .info-text { grid-column: 1 / -1; grid-row: 2; }
 .card .head .tab-like-container { grid-column: 2; grid-row: 1; height: 28px; margin: 0 !important; }
-.card .head input[type="number"] { width: 62px; min-width: 0; text-align: right; font-size: 14px; }
+.card .head input[type="number"] { width: 74px; min-width: 0; text-align: right; font-size: 14px; }
 .card .info-text { margin: 0; line-height: 1.35; }
 .card input[type="range"] { --neutral-200: var(--groove); }  /* Gradio's groove is light in the dark */
 .card input[type="range"]::-webkit-slider-thumb { border: 2px solid var(--slider-color); }
@@ -168,6 +168,10 @@ kbd {
 .with-button button { min-height: 41px !important; font-size: 14px; font-weight: 500; }
 #form .wrap:has(> .wrap-inner) { border: 1px solid var(--input-border-color); border-radius: 8px; }
 #form .wrap-inner input { padding: 8px 12px; }
+
+.card .block:has(input[type="file"]), .card .block:has(.file-preview) {
+  border: 1px dashed var(--input-border-color) !important; border-radius: 8px;
+}
 
 .edges { margin: 0; display: flex; align-items: center; gap: 12px; }
 .edges img { width: 120px; height: auto; border-radius: 8px; border: 1px solid var(--border-color-primary); }

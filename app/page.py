@@ -424,7 +424,9 @@ def in_lines(inputs: Iterable[Input]) -> Iterator[list[Input]]:
     """Lines of the form: what is typed has one to itself, sliders and choices stand two by two."""
     line: list[Input] = []
     for one in inputs:
-        if line and (len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed", "label", "image"}):
+        if line and (
+            len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed", "label", "image", "points"}
+        ):
             yield line
             line = []
         line.append(one)

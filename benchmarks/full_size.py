@@ -1,13 +1,15 @@
-"""PixArt-Sigma XL at full size with random numbers: does it fit, and how long does a step take?
+"""PixArt-Sigma XL at full size with random numbers: does it fit, as planned, and how long does a step take?
 
 Writes a whole pipeline folder in bfloat16 (the 611 M transformer, SDXL's autoencoder, T5 at XXL's width with
-one layer, the toy tokenizer), reads it back in a fresh process and draws at 256 pixels on the CPU. The
-picture is noise; what is measured is memory and time. Needs 2 GB of disk. Fails when a picture takes 24 GiB.
+as many layers as asked for, the toy tokenizer), reads it back in a fresh process as `gen run` would and draws
+on the CPU. The picture is noise; what is measured is memory, beside what `gen.memory` planned, and time.
+Needs 2 GB of disk, 11 with all 24 layers of T5. Fails when a picture takes 24 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,11 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORKS = ("text_encoder", "vae", "transformer")
 MOST = 24 * 2**30  # bytes that the drawing process may take
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, size: int, layers: int) -> None:
     """The folder, one network at a time."""
     import torch
 
@@ -34,10 +35,10 @@ def write(folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    config = CHECKPOINTS["pixart-sigma-xl-256"].config
+    config = CHECKPOINTS[f"pixart-sigma-xl-{size}"].config
     PixArtTransformer2DModel(**config).save_pretrained(folder / "transformer")
     T5EncoderModel(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=layers, num_heads=64
     ).save_pretrained(folder / "text_encoder")
     AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -73,19 +74,22 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def draw(folder: Path, steps: int, dtype: str) -> None:
+def draw(folder: Path, steps: int, dtype: str, wish: str) -> None:
     """Read and draw, and print what it took."""
     import torch
 
+    from gen.memory import plan
     from pipelines.pixart_sigma import PixArtSigmaPipeline
 
     rows = {"imports": gib(memory("VmHWM"))}
     began = time.perf_counter()
-    pipeline = PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+    pipeline = PixArtSigmaPipeline.from_pretrained(
+        folder, torch_dtype=getattr(torch, dtype), stream_text_encoder=wish == "least"
+    ).prepare()
     loaded = time.perf_counter()
-    networks = [getattr(pipeline, name) for name in NETWORKS]
-    weights = sum(one.numel() * one.itemsize for network in networks for one in network.parameters())
-    rows |= {"weights": gib(weights), "reading": f"{loaded - began:.1f} s"}
+    side = pipeline.native_size
+    planned = plan(folder, "cpu", dtype, height=side, width=side, wish=wish)
+    rows |= {"weights": gib(sum(planned.weights.values())), "reading": f"{loaded - began:.1f} s"}
     rows["largest memory after reading"] = gib(memory("VmHWM"))
     rows["memory after reading"] = f"{gib(memory('VmRSS'))}, of it own {gib(memory('RssAnon'))}"
     moments = []
@@ -103,8 +107,9 @@ def draw(folder: Path, steps: int, dtype: str) -> None:
         "each further step": f"{(moments[-1] - moments[0]) / (steps - 1):.2f} s",
         "decoding": f"{done - moments[-1]:.1f} s",
         "largest memory": gib(memory("VmHWM")),
+        "planned": f"{gib(planned.peak)} +- {gib(planned.error)}",
     }
-    print(f"\n| {dtype} | |\n|---|---|")
+    print(f"\n| {dtype}, memory {wish} | |\n|---|---|")
     print("\n".join(f"| {name} | {value} |" for name, value in rows.items()), flush=True)
     if memory("VmHWM") > MOST:
         sys.exit(f"more than {gib(MOST)}")
@@ -120,21 +125,25 @@ def main() -> None:
     parser.add_argument(
         "--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"], help="to compute in"
     )
+    parser.add_argument("--size", type=int, default=256, choices=[256, 512, 1024], help="pixels")
+    parser.add_argument("--text-layers", type=int, default=1, help="of T5; the published one has 24")
+    parser.add_argument("--memory", nargs="+", default=["auto"], choices=["auto", "least"], help="of gen run")
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)  # the second process
     chosen = parser.parse_args()
     if chosen.steps < 2:
         parser.error("--steps must be at least 2: the first is not like the others")
     if chosen.draw:
-        draw(chosen.draw, chosen.steps, *chosen.dtype)
+        draw(chosen.draw, chosen.steps, *chosen.dtype, *chosen.memory)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "pixart-sigma-xl-256"
-        write(folder)
+        folder = Path(scratch) / f"pixart-sigma-xl-{chosen.size}"
+        write(folder, chosen.size, chosen.text_layers)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"folder: {gib(size)}, bfloat16; load {os.getloadavg()[0]:.1f}", flush=True)
-        for dtype in chosen.dtype:
+        for dtype, wish in itertools.product(chosen.dtype, chosen.memory):
             command = [sys.executable, "-m", "benchmarks.full_size", "--steps", str(chosen.steps)]
-            subprocess.run([*command, "--dtype", dtype, "--draw", str(folder)], check=True, cwd=ROOT)
+            command += ["--dtype", dtype, "--memory", wish, "--draw", str(folder)]
+            subprocess.run(command, check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

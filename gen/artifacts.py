@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,19 +103,41 @@ def save(
     of: Output = PICTURE,
     note: Callable[[str], None] = lambda words: None,
 ) -> library.Entry:
+    """`saving`, in one go."""
+    steps = saving(thing, output, folder, fields, of, note)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            entry: library.Entry = end.value
+            return entry
+
+
+def saving(
+    thing: Any,
+    output: Path | None,
+    folder: Path,
+    fields: dict[str, Any],
+    of: Output = PICTURE,
+    note: Callable[[str], None] = lambda words: None,
+) -> Generator[str, None, library.Entry]:
     """Write the files of a result into `folder` and its row into the library, all or none.
 
-    `fields` holds the other fields of library.Entry. The bytes go to hidden files in the same folder first,
-    and get their names inside the library's transaction. A file that is made only where it can be, and
-    cannot, is left out; `note` is told why. Raises disk_full, output_not_writable.
+    Yields the kind of file before each, and after each piece of one that takes long; who stops iterating
+    stops the saving, and nothing of it stays. `fields` holds the other fields of library.Entry. The bytes go
+    to hidden files in the same folder first, and get their names inside the library's transaction. A file
+    that is made only where it can be, and cannot, is left out; `note` is told why. Raises disk_full,
+    output_not_writable.
     """
     recipe = fields["recipe"]
     with ExitStack() as stack:
         parts: dict[str, Path] = {}
         for kind in of.kinds(recipe["request"]["inputs"]):
+            yield kind
             part = stack.enter_context(part_in(folder))
             try:
-                of.write(thing, kind, part, recipe)
+                for _ in of.write(thing, kind, part, recipe) or ():
+                    yield kind
             except GenError as error:
                 if kind in of.always or error.code not in ("failed", "not_installed"):
                     raise

@@ -6,6 +6,7 @@ Pipelines are named by string and imported only when the model runs, so that `ge
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ class Model:
     weights: Mapping[str, str]  # tag -> key of weights.registry, best first
     makes: str  # a key of gen.outputs.OUTPUTS
     inputs: tuple[Input, ...]  # in the order of the form
+    savers: bool = False  # whether its pipeline can leave work out: see pipelines.step_savers
 
     @property
     def subject(self) -> str:
@@ -258,6 +260,56 @@ FILES = Input(
     default="mesh",
     choices=("points", "mesh", "film", "all"),
 )
+KNOWN_POINTS = Input(
+    name="known_points",
+    kind="points",
+    label="Known points",
+    help="points that stay, the rest is drawn around them: a PLY, GLB, OBJ, NPY or text file, y up",
+    argument="",
+    advanced=True,
+)
+KNOWN_PART = Input(
+    name="known_part",
+    kind="choice",
+    label="Known part",
+    help="what to keep of the file: all, or what lies on this side of the middle of its box",
+    argument="",
+    default="all",
+    choices=("all", "left", "right", "bottom", "top", "back", "front"),
+    only_with="known_points",
+    advanced=True,
+)
+KNOWN_FIT = Input(
+    name="known_fit",
+    kind="choice",
+    label="Known fit",
+    help="how the file is brought to the size of what was learnt: by its box, as it is, or as seems right",
+    argument="",
+    default="auto",
+    choices=("auto", "as-is", "box"),
+    only_with="known_points",
+    advanced=True,
+)
+SECOND_SEED = Input(
+    name="second_seed",
+    kind="seed",
+    label="Second seed",
+    help="draw clouds on the way from the seed's to this one's: as many as count says, evenly spread",
+    argument="",
+    advanced=True,
+)
+BLEND = Input(
+    name="blend",
+    kind="number",
+    label="Blend",
+    help="one place between the seeds, 0 at the first, 1 at the second; left out, a single one is halfway",
+    argument="",
+    minimum=0,
+    maximum=1,
+    step=0.05,
+    only_with="second_seed",
+    advanced=True,
+)
 SEED = Input(
     name="seed",
     kind="seed",
@@ -297,6 +349,7 @@ MODELS = index(
             "256": "pixart-sigma-xl-256",
             "toy": "pixart-sigma-toy",
         },
+        savers=True,
         makes="image",
         inputs=(
             PROMPT,
@@ -322,6 +375,7 @@ MODELS = index(
             "dmd": "pixart-alpha-dmd-512",
             "toy": "pixart-delta-toy",
         },
+        savers=True,
         makes="image",
         inputs=(
             PROMPT,
@@ -349,6 +403,7 @@ MODELS = index(
         summary="Class to image: DiT, the diffusion transformer that the others grew from",
         pipeline="pipelines.dit:DiTPipeline",
         weights={"512": "dit-xl-512", "256": "dit-xl-256", "toy": "dit-toy"},
+        savers=True,
         makes="image",
         inputs=(
             CLASS_LABEL,
@@ -364,7 +419,7 @@ MODELS = index(
         name="dit-3d",
         summary="Class to shape: DiT-3D, a diffusion transformer over voxels that draws clouds of points",
         pipeline="pipelines.dit3d:DiT3DPipeline",
-        weights={"toy": "dit-3d-toy"},
+        weights={"own": "dit-3d", "toy": "dit-3d-toy"},
         makes="cloud",
         inputs=(
             replace(
@@ -377,6 +432,11 @@ MODELS = index(
             replace(SEED, help="same seed, same cloud; left out, one is drawn and told"),
             replace(COUNT, help="clouds to draw, with seeds counting up"),
             SCHEDULER,
+            KNOWN_POINTS,
+            KNOWN_PART,
+            KNOWN_FIT,
+            SECOND_SEED,
+            BLEND,
         ),
     ),
 )
@@ -421,7 +481,7 @@ def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]
 
             raise library.disk_error(error, library.home()) from error
     if tag is None:
-        recipe = next((facts.recipe for facts in map(row.checkpoint, row.weights) if facts.recipe), "")
+        recipe = next((facts.recipe for facts in map(row.checkpoint, row.weights) if facts.is_toy), "")
         raise GenError(
             f"No weights of {row.name} are on this machine.",
             f"Train small ones (gen train {recipe}), or get published ones: gen show {row.name}",
@@ -458,7 +518,12 @@ def _check_family(row: Model, tag: str, folder: Path) -> None:
 def _way(facts: registry.Checkpoint) -> str:
     """The commands by which a checkpoint comes to this machine."""
     if not facts.repo_id and facts.family:  # published outside of any hub, or one's own
-        return f"gen convert FILE --as {facts.family} --output $GEN_WEIGHTS_DIR/{facts.folder}"
+        place = f"--output $GEN_WEIGHTS_DIR/{facts.folder}"
+        unset = "" if os.environ.get("GEN_WEIGHTS_DIR") else "; set GEN_WEIGHTS_DIR to a folder of yours"
+        return (
+            f"gen convert FILE --as {facts.family} {place}, or gen train {facts.recipe} --data FOLDER {place}"
+            + unset
+        )
     if not facts.repo_id:
         return f"gen train {facts.recipe}"
     fetch = " ".join(("hf download", facts.repo_id, *facts.files))

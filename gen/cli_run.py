@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from gen import catalog, outputs, pictures, printing
 from gen.errors import GenError, cancelled
 from gen.progress import Progress, duration
-from gen.request import DEVICES, DTYPES, Input, Request, Result, Settings
+from gen.request import DEVICES, DTYPES, EXACT, MEMORY, QUANTIZE, Input, Request, Result, Settings
 
 TYPED = 3  # the rank of what stands on the command line itself
 RANKS = {ParameterSource.COMMANDLINE: TYPED, ParameterSource.ENVIRONMENT: 2, ParameterSource.DEFAULT_MAP: 1}
@@ -27,6 +27,7 @@ METAVARS = {
     "choice": "NAME",
     "label": "CLASS",
     "image": "FILE",
+    "points": "FILE",
     "lora": "NAME|PATH",
 }
 FILE_LIMIT = 2**24  # bytes of prompts
@@ -105,6 +106,34 @@ def options() -> list[click.Parameter]:
         _option("--device", type=click.Choice(DEVICES), default="auto", help="Where to compute."),
         _option("--dtype", type=click.Choice(DTYPES), default="auto", help="Precision of the numbers."),
         _option("--attention", metavar="NAME", default="auto", help="Attention backend."),
+        _option(
+            "--memory",
+            type=click.Choice(MEMORY),
+            default=MEMORY[0],
+            help="least: the text encoder is read layer by layer; auto does so when it would not fit.",
+        ),
+        _option(
+            "--quantize",
+            type=click.Choice(QUANTIZE),
+            default=QUANTIZE[0],
+            help="int8: faster for large models, and not quite the same picture.",
+        ),
+        click.Option(
+            ["--compile"], is_flag=True, help="torch.compile: slow to start, for a GPU's many pictures."
+        ),
+        _option(
+            "--exact",
+            type=click.Choice(EXACT),
+            default=EXACT[0],
+            help="plain: no shortcut of any kind, for comparing; the same picture up to rounding.",
+        ),
+        _option(
+            "--saver",
+            metavar="TEXT",
+            default="",
+            help='Less work, not quite the same picture: "guidance=0.1:0.6", "taylor=2:1", "tgate=10", with '
+            "commas between.",
+        ),
         click.Option(["--dry-run"], is_flag=True, help="Show what would be done, with estimates, and stop."),
         click.Option(["--json"], is_flag=True, help="One JSON object on stdout: {ok, data} or {ok, error}."),
         click.Option(
@@ -300,10 +329,13 @@ def _settings(
     params: Mapping[str, Any], ranks: Mapping[str, int], recipe: Mapping[str, Any] | None
 ) -> Settings:
     """From the flags; when repeating, what is not typed is as it was when the picture was made."""
-    chosen = {name: params[name] for name in ("device", "dtype", "attention")}
-    if recipe:
+    chosen = {
+        name: params[name]
+        for name in ("device", "dtype", "attention", "memory", "quantize", "compile", "exact", "saver")
+    }
+    if recipe:  # older ones name fewer settings
         chosen = {
-            name: value if ranks[name] == TYPED else recipe["settings"][name]
+            name: value if ranks[name] == TYPED else recipe["settings"].get(name, value)
             for name, value in chosen.items()
         }
     return Settings(**chosen, output=params["output"], preview=False)
@@ -396,11 +428,7 @@ def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> N
         printing.ok({"plans": plans})
         return
     for request, plan in zip(requests, plans, strict=True):
-        memory = (
-            f"weights {plan['weights_bytes'] / 2**20:,.0f} MiB ({plan['parameters'] / 1e6:,.1f} M numbers)"
-        )
-        if plan["peak_bytes"]:
-            memory += f", the program {plan['peak_bytes'] / 2**20:,.0f} MiB in all when last drawn"
+        memory = _memory_words(plan)
         seconds = plan["seconds"]
         given = [(name, value) for name, value in request.inputs.items() if value is not None]
         facts = {
@@ -415,8 +443,25 @@ def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> N
         printing.line("\n".join(f"{name:<16} {value}" for name, value in facts.items()))
 
 
+def _memory_words(plan: Mapping[str, Any]) -> str:
+    def mib(count: int) -> str:
+        return f"{count / 2**20:,.0f} MiB"
+
+    expected = plan["memory"]
+    words = (
+        f"about {mib(expected['peak_bytes'])} (+- {mib(expected['error_bytes'])}) "
+        f"of {mib(expected['memory_bytes'])}, of it {mib(plan['weights_bytes'])} of weights "
+        f"({plan['parameters'] / 1e6:,.1f} M numbers)"
+    )
+    for part, count in expected["streamed_bytes"].items():
+        words += f"; {part} ({mib(count)}) is read layer by layer"
+    if plan["peak_bytes"]:
+        words += f"; {mib(plan['peak_bytes'])} when last drawn"
+    return words if expected["fits"] else f"{words}: it may NOT FIT"
+
+
 def _plan(request: Request, settings: Settings) -> dict[str, Any]:
-    from gen import library, loader
+    from gen import library, loader, memory
     from weights import store
 
     tag, facts, folder = catalog.choose(catalog.MODELS[request.model], request.weights)
@@ -424,6 +469,17 @@ def _plan(request: Request, settings: Settings) -> dict[str, Any]:
         store.verify(folder, checksums=False)
         parameters = store.parameters(folder)
     of = outputs.OUTPUTS[catalog.MODELS[request.model].makes]
+    device, dtype = loader.choose_device(settings, parameters)
+    native = facts.native_size if of.sized else None
+    expected = memory.plan(
+        folder,
+        device,
+        dtype,
+        height=request.inputs.get("height", native) or native,
+        width=request.inputs.get("width", native) or native,
+        rows=1 if request.inputs.get("guidance", 1) <= 1 else 2,
+        wish=settings.memory,
+    )
     past = library.typical(request.model, tag, request.inputs, facts.native_size if of.sized else None)
     return {
         "request": request.to_json(),
@@ -431,7 +487,10 @@ def _plan(request: Request, settings: Settings) -> dict[str, Any]:
         "licence": facts.licence,
         "output": str((settings.output or library.outputs()).absolute()),
         "parameters": parameters,
-        "weights_bytes": parameters * (2 if settings.dtype in ("bfloat16", "float16") else 4),
+        "weights_bytes": sum(expected.weights.values()),
+        "memory": expected.to_json(),
+        "device": device,
+        "dtype": dtype,
         "peak_bytes": past and past.peak_bytes,
         "seconds": past and round(past.loading_seconds + past.drawing_seconds * request.count, 2),
     }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gen import catalog, cli_run, outputs, printing
+from gen import catalog, cli_bench, cli_run, outputs, printing
 from gen.convert import DTYPES as CONVERTED_DTYPES
 from gen.errors import GenError, did_you_mean
 from gen.progress import Progress
@@ -138,7 +138,8 @@ def _weights(row: catalog.Model, tag: str) -> dict[str, Any]:
         "licence": facts.licence,
         "summary": facts.summary,
         "toy": facts.is_toy,
-        "source": facts.repo_id or f"embedded in {facts.folder}",
+        "source": facts.repo_id
+        or (f"embedded in {facts.folder}" if facts.is_toy else f"yours, in GEN_WEIGHTS_DIR/{facts.folder}"),
     }
 
 
@@ -339,6 +340,10 @@ def convert(
         printing.ok(found)
     else:
         printing.line(found["folder"])
+
+
+cli.add_command(cli_bench.bench_command)
+cli.add_command(cli_bench.doctor_command)
 
 
 # --- gen.toml ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def convert_file(
 ) -> dict[str, Any]:
     """Write the networks of checkpoint `path` under `output`, one folder each; returns what was found.
 
-    `config`: a JSON file in the words of the official configurations, for what shapes do not tell.
+    `config`: a JSON file in the words of the official configurations, for what shapes do not tell; for clouds
+    of points also "category", "mean" and "std", see `_clouds`.
     `companions`: a pipeline folder whose other parts (autoencoder, text encoder, scheduler) are copied too.
 
     Raises GenError: bad_input, corrupt_weights, output_not_writable. Nothing is written unless every tensor
@@ -52,6 +53,7 @@ def convert_file(
     try:
         converted = convert.convert(convert.read_checkpoint(path), family, given)
         networks = {part.name: _build(part) for part in converted.parts}
+        whole = PIPELINES[family](networks, given, report) if family in PIPELINES and not companions else None
     except CorruptWeights as error:
         raise GenError(f"{error}.", "Fetch the file again, from its publisher.", "corrupt_weights") from error
     except (convert.ConversionError, ValueError, TypeError) as error:
@@ -60,7 +62,7 @@ def convert_file(
             "Is --as right? What shapes do not tell can be said with --config FILE.json.",
             "bad_input",
         ) from error
-    _write(networks, output, companions, dtype, report)
+    _write(networks, output, companions, dtype, report, whole)
     return {
         "file": str(path),
         "family": family,
@@ -100,8 +102,39 @@ def _build(part: Any) -> Any:
     return network
 
 
+def _clouds(networks: dict[str, Any], given: Mapping[str, Any], report: Callable[[str], None]) -> Any:
+    """A pipeline of clouds, with the published noise. `given` says what no checkpoint does: the names of the
+    classes ("category", as many as there are) and the units of the data ("mean" of x, y, z and "std").
+
+    Raises ValueError for names and units that cannot be.
+    """
+    from gen import shapenet
+
+    names = given.get("category", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"category must be a name or a list of names, not {names!r}")
+    if not names:
+        report("--config says no category: classes go by number")
+    if not {"mean", "std"} <= given.keys():
+        report("--config says no mean and std of the data: clouds come around 0 with a spread of 1")
+    units = given.get("mean", [0.0, 0.0, 0.0]), given.get("std", 1.0)
+    return shapenet.assemble(networks["transformer"], shapenet.build_scheduler(names), names, units)
+
+
+# Families whose networks, with what --config says, are all that a pipeline needs
+PIPELINES: Mapping[str, Callable[[dict[str, Any], Mapping[str, Any], Callable[[str], None]], Any]] = {
+    "dit-3d": _clouds
+}
+
+
 def _write(
-    networks: dict[str, Any], output: Path, companions: Path | None, dtype: str, report: Callable[[str], None]
+    networks: dict[str, Any],
+    output: Path,
+    companions: Path | None,
+    dtype: str,
+    report: Callable[[str], None],
+    whole: Any = None,  # the pipeline that they make up
 ) -> None:
     """Build beside the place, then move: a folder is whole or not there."""
     import torch
@@ -111,8 +144,11 @@ def _write(
         building.mkdir(parents=True)
         for name, network in networks.items():
             report(f"writing {output / name}")
-            network = network if dtype == "keep" else network.to(getattr(torch, dtype))
-            network.save_pretrained(building / name)
+            network = network if dtype == "keep" else network.to(getattr(torch, dtype))  # the same module
+            if whole is None:
+                network.save_pretrained(building / name)
+        if whole is not None:
+            whole.save_pretrained(building)
         if companions is not None:
             shutil.copytree(
                 companions, building, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*networks)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SAVING_EVERY = 0.2  # seconds between the events of this stage: frames of a film follow each other fast
+
 
 def run(request: Request, settings: Settings | None = None) -> Generator[Event, None, None]:
     """Make the results of the request. Yields Events (see there for the kinds), the last of kind "done".
@@ -38,7 +40,12 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     of = outputs.OUTPUTS[row.makes]
     width, height = (request.inputs.get(side, facts.native_size) for side in ("width", "height"))
     arguments = {one.argument: _argument(one, request.inputs[one.name]) for one in row.inputs if one.argument}
+    if settings.saver:
+        if not row.savers:
+            raise GenError(f"{row.name} has no step savers.", "Leave --saver out.", "bad_input")
+        arguments["savers"] = settings.saver
     room = of.bytes(request.inputs, width * height)
+    given = of.given(request.inputs, folder)
     place = artifacts.prepare(settings.output, request.count, room, of)
 
     started = time.perf_counter()
@@ -47,32 +54,36 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     with _explained(request):
         lora = request.inputs.get("lora"), request.inputs.get("lora_scale", 1.0)
         loaded = loader.load(row, folder, settings, *lora)
-        _check(loaded.pipeline, row, arguments)
+        more = of.start(loaded.pipeline, request.inputs, request.seed, given)
+        _check(loaded.pipeline, row, arguments | more)
     loading = time.perf_counter() - started
     notes = (
         *_unread(loaded.pipeline, row, facts, request),
         *_idle(row, request),
         *(f"{one.label}: {words}." for one in row.inputs if (words := _changes(one, arguments))),
+        *filter(None, [of.given_words(given)]),
         *(_unknown(loaded.pipeline, row, request) if facts.is_toy else ()),
         *_slow(loaded),
+        *_unlike(settings),
     )
     for note in notes:
         yield Event(kind="note", note=note)
 
     results: list[Result] = []
-    for image, seed in enumerate(request.seeds):
-        drawing = _Drawing(of, image, request.count, loading if image == 0 else 0.0)
+    for image, alone in enumerate(request.each()):
+        drawing = _Drawing(of, alone, image, request.count, given, loading if image == 0 else 0.0)
         with _explained(request):
-            yield from drawing.draw(loaded, arguments, facts, seed, settings.preview, (height, width))
+            yield from drawing.draw(loaded, arguments, facts, settings.preview, (height, width))
         remarks = [of.lacks(drawing.thing)]
-        yield drawing.stage("saving")
-        entry = artifacts.save(
-            drawing.thing,
-            settings.output,
-            place,
-            _entry(request, seed, facts, loaded, drawing),
-            of,
-            remarks.append,
+        entry = yield from drawing.saved(
+            artifacts.saving(
+                drawing.thing,
+                settings.output,
+                place,
+                _entry(alone, facts, loaded, drawing, settings),
+                of,
+                remarks.append,
+            )
         )
         for remark in filter(None, remarks):
             yield Event(kind="note", note=remark)
@@ -80,7 +91,7 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
             id=entry.id,
             path=entry.path,
             files=entry.paths,
-            seed=seed,
+            seed=alone.seed,
             width=entry.width,
             height=entry.height,
             seconds=entry.seconds,
@@ -94,12 +105,18 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
 class _Drawing:
     """One result on its way from noise to what it is, and the clock beside it."""
 
-    def __init__(self, of: outputs.Output, image: int, images: int, loading: float) -> None:
+    def __init__(
+        self, of: outputs.Output, request: Request, image: int, images: int, given: Any, loading: float
+    ) -> None:
         self.of = of
+        self.request = request  # for this one alone
+        self.given = given
         self.image = image
         self.images = images
         self.seconds: dict[str, float] = {"loading": loading}
         self.thing: Any = None
+        self.attention: dict[str, str] = {}  # functions that computed it
+        self.in_tiles = False  # whether decoding went tile by tile, which changes pixels a little
         self._since = time.perf_counter()
 
     def stage(self, name: str) -> Event:
@@ -110,18 +127,21 @@ class _Drawing:
         loaded: loader.Loaded,
         arguments: dict[str, Any],
         facts: Checkpoint,
-        seed: int,
         preview: bool,
         size: tuple[int, int],
     ) -> Iterator[Event]:
         """Events of the stages encoding, denoising and decoding; then `thing` is what was drawn."""
         import torch
 
+        from pipelines import attention
+
         pipeline = loaded.pipeline
         if loaded.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         # Noise comes from the CPU's generator on every device, so that a seed means one result.
+        seed = self.request.seed
         generator = torch.Generator("cpu").manual_seed(seed)
+        arguments = arguments | self.of.start(pipeline, self.request.inputs, seed, self.given)
         yield self.stage("encoding")
         self._lap("")
         first = 0.0
@@ -150,8 +170,25 @@ class _Drawing:
         self._lap("denoising")
         yield self.stage("decoding")
         self._lap("")
-        self.thing = self.of.decode(pipeline, step.latents, size, facts)
+        self.thing = self.of.decode(pipeline, step.latents, size, facts, self.given)
+        self.in_tiles = getattr(pipeline, "decoded_in_tiles", False)
+        self.attention = attention.chosen(pipeline.transformer)
         self._lap("decoding")
+
+    def saved(self, steps: Generator[str, None, library.Entry]) -> Generator[Event, None, library.Entry]:
+        """Events of the stage saving, between which it may be stopped; returns the row."""
+        last = time.perf_counter()
+        yield self.stage("saving")
+        with closing(steps):
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    entry: library.Entry = end.value
+                    return entry
+                if time.perf_counter() > last + SAVING_EVERY:
+                    last = time.perf_counter()
+                    yield self.stage("saving")
 
     def _lap(self, name: str) -> None:
         """Book the time since the last lap under this name; without a name it was the caller's time."""
@@ -231,6 +268,14 @@ def _slow(loaded: loader.Loaded) -> Iterator[str]:
         yield "float16 is very slow on a CPU; float32 or bfloat16 is several times faster."
 
 
+def _unlike(settings: Settings) -> Iterator[str]:
+    """A sentence for each setting that changes more than the last digits."""
+    if settings.quantize != "none":
+        yield f"Layers in {settings.quantize}: not quite the picture of this seed."
+    if settings.saver:
+        yield f"Step savers {settings.saver}: less work, and not quite the picture of this seed."
+
+
 def _not_finite(step: Any, loaded: loader.Loaded) -> GenError:
     return GenError(
         f"Step {step.index + 1} of {step.count} produced values that are not numbers ({loaded.dtype} on "
@@ -241,16 +286,14 @@ def _not_finite(step: Any, loaded: loader.Loaded) -> GenError:
 
 
 def _entry(
-    request: Request, seed: int, facts: Checkpoint, loaded: loader.Loaded, drawing: _Drawing
+    request: Request, facts: Checkpoint, loaded: loader.Loaded, drawing: _Drawing, settings: Settings
 ) -> dict[str, Any]:
-    """The fields of library.Entry but for the files. Its recipe is for this one result: its own seed, count
-    1."""
+    """The fields of library.Entry but for the files. Its recipe is the request for this one result alone."""
     created = time.time()
     seconds = sum(drawing.seconds.values())
     width, height = drawing.of.seen(drawing.thing)
-    alone = request.to_json() | {"seed": seed, "count": 1}
     recipe = {
-        "request": alone,
+        "request": request.to_json(),
         "weights": {
             "key": facts.key,
             "fingerprint": loaded.fingerprint,
@@ -258,7 +301,18 @@ def _entry(
             "toy": facts.is_toy,
             **({"lora_fingerprint": loaded.lora} if loaded.lora else {}),
         },
-        "settings": {"device": loaded.device, "dtype": loaded.dtype, "attention": loaded.attention},
+        "settings": {
+            "device": loaded.device,
+            "dtype": loaded.dtype,
+            "attention": loaded.attention,
+            **({"attention_chosen": drawing.attention} if loaded.attention == "auto" else {}),
+            "exact": loaded.exact,
+            "quantize": loaded.quantize,
+            "compile": loaded.compiled,
+            "saver": settings.saver,
+            **({"streamed": list(loaded.streamed)} if loaded.streamed else {}),
+            **({"decoded_in_tiles": True} if drawing.in_tiles else {}),
+        },
         "versions": versions(),
         "machine": _machine(loaded.device),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(created)),
@@ -271,7 +325,7 @@ def _entry(
         "model": request.model,
         "weights": request.weights,
         "fingerprint": loaded.fingerprint,
-        "seed": seed,
+        "seed": request.seed,
         "prompt": request.subject,
         "width": width,
         "height": height,
@@ -315,12 +369,9 @@ def _explained(request: Request) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if (
-            not isinstance(error, MemoryError)
-            and "out of memory" not in text
-            and "allocate memory" not in text
-        ):
+        from pipelines.tiling import out_of_memory
+
+        if not out_of_memory(error):
             raise
         loader.forget()
         of = outputs.OUTPUTS[catalog.MODELS[request.model].makes]

@@ -178,11 +178,13 @@ def _run(job: _Job) -> None:
             if job.stop:
                 raise cancelled()
     except GenError as error:
+        events.close()  # first, so that nothing half-written is there when watchers hear of the end
         _finish(job, "cancelled" if error.code == "cancelled" else "failed", _failed(error))
     except Exception as error:  # a bug: it must reach the watchers and the log, and not end the worker
         from gen import library
 
         log.exception("job %s failed unexpectedly", job.id)
+        events.close()
         path = library.log_bug(error)
         message = f"An unexpected error ended the job: {type(error).__name__}: {error}"
         _finish(

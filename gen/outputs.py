@@ -6,7 +6,7 @@ branches of their own. Nothing heavy is imported at the top: the command line re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,12 @@ class Output:
     smaller: str  # what to try when memory is too small
     endings: Mapping[str, str]  # kind of file -> ending of its name; the first is the result's own file
     picture: str  # the kind of file that a browser shows as its picture
-    decode: Callable[[Any, Any, tuple[int, int], Checkpoint], Any]  # pipeline, latents, (Y, X) -> thing
+    # pipeline, latents, (Y, X), checkpoint, what `given` gave -> thing
+    decode: Callable[[Any, Any, tuple[int, int], Checkpoint, Any], Any]
     preview: Callable[[Any, Any], Image | None]  # pipeline, Step -> a small picture; None: not at this step
     seen: Callable[[Any], tuple[int, int]]  # thing -> width and height of its picture, in pixels
-    write: Callable[[Any, str, Path, Recipe], None]  # thing, kind of file, path, recipe
+    # thing, kind of file, path, recipe -> of what takes long the pieces, between which it may be stopped
+    write: Callable[[Any, str, Path, Recipe], Iterable[object] | None]
     size_asked: Callable[[Inputs], str]  # how large it is to be, for people; empty where that is not asked
     size_made: Callable[[Inputs, int, int], str]  # inputs, width, height -> how large it is, for people
     bytes: Callable[[Inputs, int], int]  # inputs, pixels -> room for all its files, at most
@@ -41,6 +43,13 @@ class Output:
     sized: bool = False  # whether its weights have a native size in pixels
     said: Callable[[Any], Recipe] = lambda thing: {}  # what the recipe says of the thing beside all else
     lacks: Callable[[Any], str] = lambda thing: ""  # what a person should know of it; empty for nothing
+    # Raises bad_input for values that do not go together, in view of the folder of the weights
+    check: Callable[[Inputs, Path], None] = lambda inputs, folder: None
+    # What was handed in and belongs to no single argument, read before weights are loaded; None: nothing
+    given: Callable[[Inputs, Path], Any] = lambda inputs, folder: None
+    given_words: Callable[[Any], str] = lambda given: ""  # what was done to it, for people
+    # pipeline, inputs, seed, what `given` gave -> what `denoise` is told beside the inputs' own arguments
+    start: Callable[[Any, Inputs, int, Any], dict[str, Any]] = lambda pipeline, inputs, seed, given: {}
 
     @property
     def ending(self) -> str:
@@ -56,7 +65,7 @@ class Output:
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-def _decode_image(pipeline: Any, latents: Any, size: tuple[int, int], facts: Checkpoint) -> Image:
+def _decode_image(pipeline: Any, latents: Any, size: tuple[int, int], facts: Checkpoint, given: Any) -> Image:
     image: Image = pipeline.decode(latents, "pil", size=size)[0]
     return image
 
@@ -76,10 +85,30 @@ def _write_image(thing: Any, kind: str, path: Path, recipe: Recipe) -> None:
 # --------------------------------------------------------------------------------------------------- clouds
 
 
-def _decode_cloud(pipeline: Any, latents: Any, size: tuple[int, int], facts: Checkpoint) -> Any:
+def _check_cloud(inputs: Inputs, folder: Path) -> None:
+    if inputs["known_points"] is None and inputs["second_seed"] is None:
+        return  # without loading numpy
     from gen import clouds
 
-    return clouds.decode(pipeline, latents, toy=facts.is_toy)
+    clouds.check(inputs, folder)
+
+
+def _given_cloud(inputs: Inputs, folder: Path) -> Any:
+    from gen import clouds
+
+    return clouds.given(inputs, folder)
+
+
+def _start_cloud(pipeline: Any, inputs: Inputs, seed: int, given: Any) -> dict[str, Any]:
+    from gen import clouds
+
+    return clouds.start(pipeline, inputs, seed, given)
+
+
+def _decode_cloud(pipeline: Any, latents: Any, size: tuple[int, int], facts: Checkpoint, given: Any) -> Any:
+    from gen import clouds
+
+    return clouds.decode(pipeline, latents, given, toy=facts.is_toy)
 
 
 def _preview_cloud(pipeline: Any, step: Any) -> Image | None:
@@ -95,10 +124,10 @@ def _seen_cloud(thing: Any) -> tuple[int, int]:
     return point_views.COLUMNS * point_views.VIEW_SIZE, rows * point_views.VIEW_SIZE
 
 
-def _write_cloud(thing: Any, kind: str, path: Path, recipe: Recipe) -> None:
+def _write_cloud(thing: Any, kind: str, path: Path, recipe: Recipe) -> Iterable[object] | None:
     from gen import point_files
 
-    point_files.FORMATS[kind].write(path, thing.cloud, recipe)
+    return point_files.FORMATS[kind].write(path, thing.cloud, recipe)
 
 
 OUTPUTS: Mapping[str, Output] = {
@@ -144,7 +173,11 @@ OUTPUTS: Mapping[str, Output] = {
         size_asked=lambda inputs: f"{inputs['points']} points",
         size_made=lambda inputs, width, height: f"{inputs['points']} points",
         bytes=lambda inputs, pixels: 500 * int(inputs["points"]) + 4 * 2**20,
-        said=lambda thing: {"coloured_by": thing.coloured_by},
+        said=lambda thing: thing.said,
         lacks=lambda thing: thing.lacks,
+        check=_check_cloud,
+        given=_given_cloud,
+        given_words=lambda given: given.words if given else "",
+        start=_start_cloud,
     ),
 }

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Those whose decoders run no other program. Everything else is refused by name, SVG and PDF among them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+ENDING = ".png"  # of kept files
 MOST_BYTES = 64 * 2**20  # of a file
 MOST_PIXELS = 64_000_000
 SMALLEST = 16  # pixels per side, what edges need
@@ -43,22 +44,28 @@ def keep(source: Any, label: str = "The picture") -> dict[str, str]:
     (Y, X), (Y, X, 3) or (Y, X, 4) of uint8, uint16 or floats in 0..1. Raises bad_input, disk_full,
     output_not_writable.
     """
-    if isinstance(source, Mapping):
-        if "data" not in source:
-            return _reference(source, label)
-        source, name = _decoded(source["data"], label), _plain(source.get("name", ""))
-    elif isinstance(source, str) and source.startswith("data:"):
-        source, name = _decoded(source, label), ""
-    elif isinstance(source, str | os.PathLike):
-        name = _plain(Path(source).name)
-        source = _read(Path(source), label)
-    else:
-        name = ""
-    if isinstance(source, bytes | bytearray):
-        image, changes = _normal(_opened(bytes(source), label), label)
+    if isinstance(source, Mapping) and "data" not in source:
+        return reference(source, label)
+    source, name = received(source, label, HINT)
+    if isinstance(source, bytes):
+        image, changes = _normal(_opened(source, label), label)
     else:
         image, changes = _normal(_drawn(source, label), label)
     return {"sha256": _store(image, changes), "name": name or "picture.png"}
+
+
+def received(source: Any, label: str, hint: str) -> tuple[Any, str]:
+    """The bytes of whatever was handed in, and its name; what has no bytes comes back as it is.
+
+    Raises bad_input for files that cannot be read, text that is no base64, and what is too large.
+    """
+    if isinstance(source, Mapping):
+        return _decoded(source.get("data"), label, hint), _plain(source.get("name", ""))
+    if isinstance(source, str) and source.startswith("data:"):
+        return _decoded(source, label, hint), ""
+    if isinstance(source, str | os.PathLike):
+        return _read(Path(source), label, hint), _plain(Path(source).name)
+    return bytes(source) if isinstance(source, bytearray) else source, ""
 
 
 def named(name: str) -> dict[str, str]:
@@ -69,20 +76,25 @@ def named(name: str) -> dict[str, str]:
 
 def read(reference: Mapping[str, str]) -> Image:
     """The RGB picture of a reference. Raises bad_input when it is gone or has been changed."""
-    path = place(reference["sha256"])
+    return _opened(kept(reference), reference["name"])
+
+
+def kept(reference: Mapping[str, str], ending: str = ENDING, noun: str = "picture") -> bytes:
+    """The bytes of a reference's file. Raises bad_input when it is gone or has been changed."""
+    path = place(reference["sha256"], ending)
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise _gone(reference) from None
+        raise _gone(reference, ending, noun) from None
     except OSError as error:
         raise GenError(f"Cannot read {path}: {error.strerror}.", "Check its rights.", "bad_input") from error
     if hashlib.sha256(content).hexdigest() != reference["sha256"]:
         raise GenError(
-            f"{path} is no longer the picture {reference['name']}: its SHA-256 is another.",
-            "Delete the file, and give the picture again.",
+            f"{path} is no longer the {noun} {reference['name']}: its SHA-256 is another.",
+            f"Delete the file, and give the {noun} again.",
             "bad_input",
         )
-    return _opened(content, reference["name"])
+    return content
 
 
 def changes(picture: Image) -> str:
@@ -90,9 +102,9 @@ def changes(picture: Image) -> str:
     return str(picture.info.get(CHANGES, ""))
 
 
-def place(sha256: str) -> Path:
+def place(sha256: str, ending: str = ENDING) -> Path:
     """The file of this SHA-256."""
-    return library.home() / "inputs" / f"{sha256}.png"
+    return library.home() / "inputs" / f"{sha256}{ending}"
 
 
 def words(reference: Mapping[str, str]) -> str:
@@ -119,25 +131,28 @@ def edges(
     return Image.fromarray((found * 255).round().astype("uint8"))
 
 
-def _reference(given: Mapping[Any, Any], label: str) -> dict[str, str]:
+def reference(
+    given: Mapping[Any, Any], label: str, ending: str = ENDING, noun: str = "picture"
+) -> dict[str, str]:
+    """What was given, checked to be the reference of a file that is here. Raises bad_input."""
     sha256, name = given.get("sha256"), given.get("name", "")
     if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
         raise GenError(
-            f"{label} is not a picture, nor the reference of one.",
-            'A reference is {"sha256": 64 hexadecimal digits, "name": ...}; a new picture is sent as '
+            f"{label} is not a {noun}, nor the reference of one.",
+            f'A reference is {{"sha256": 64 hexadecimal digits, "name": ...}}; a new {noun} is sent as '
             '{"data": base64, "name": ...}.',
             "bad_input",
         )
-    reference = {"sha256": sha256, "name": _plain(name) or "picture.png"}
-    if not place(sha256).is_file():
-        raise _gone(reference)
-    return reference
+    checked = {"sha256": sha256, "name": _plain(name) or f"{noun}{ending}"}
+    if not place(sha256, ending).is_file():
+        raise _gone(checked, ending, noun)
+    return checked
 
 
-def _gone(reference: Mapping[str, str]) -> GenError:
+def _gone(reference: Mapping[str, str], ending: str, noun: str) -> GenError:
     return GenError(
-        f"The picture {words(reference)} is no longer in {place(reference['sha256']).parent}.",
-        "Give the picture again; one that was not changed gets the same SHA-256.",
+        f"The {noun} {words(reference)} is no longer in {place(reference['sha256'], ending).parent}.",
+        f"Give the {noun} again; one that was not changed gets the same SHA-256.",
         "bad_input",
     )
 
@@ -148,12 +163,12 @@ def _plain(name: Any) -> str:
     return "".join(c for c in text if c.isprintable())[-80:].strip()
 
 
-def _read(path: Path, label: str) -> bytes:
+def _read(path: Path, label: str, hint: str) -> bytes:
     """The bytes of an ordinary file of a bearable size."""
     path = path.expanduser()
     try:
         if path.exists() and not path.is_file():  # a folder, or a device that never ends
-            raise GenError(f"{label}: {path} is no file.", HINT, "bad_input")
+            raise GenError(f"{label}: {path} is no file.", hint, "bad_input")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
@@ -164,27 +179,28 @@ def _read(path: Path, label: str) -> bytes:
     return content
 
 
-def _decoded(text: Any, label: str) -> bytes:
+def _decoded(text: Any, label: str, hint: str) -> bytes:
     """The bytes of a data URL or of plain base64."""
     if not isinstance(text, str):
-        raise GenError(f"{label}: the data must be base64 text.", HINT, "bad_input")
+        raise GenError(f"{label}: the data must be base64 text.", hint, "bad_input")
     if len(text) > MOST_BYTES * 4 // 3 + 200:
-        raise _too_large(label)
+        raise too_large(label)
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise GenError(f"{label}: the data URL is not base64.", HINT, "bad_input")
+            raise GenError(f"{label}: the data URL is not base64.", hint, "bad_input")
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise GenError(
             f"{label}: the text is not base64.",
-            "Send the picture itself as base64 or as a data URL; paths are not accepted here.",
+            "Send the file itself as base64 or as a data URL; paths are not accepted here.",
             "bad_input",
         ) from None
 
 
-def _too_large(label: str) -> GenError:
+def too_large(label: str) -> GenError:
+    """Of a file with more than MOST_BYTES."""
     return GenError(f"{label} is larger than {MOST_BYTES // 2**20} MiB.", "Save it smaller.", "bad_input")
 
 
@@ -197,7 +213,7 @@ def _opened(content: bytes, label: str) -> Image:
     if not content:
         raise GenError(f"{label} is empty: the file has no bytes.", HINT, "bad_input")
     if len(content) > MOST_BYTES:
-        raise _too_large(label)
+        raise too_large(label)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that are refused below, and of strange metadata
@@ -331,7 +347,7 @@ def _no_white(image: Image, label: str) -> Image:
 
 
 def _store(image: Image, changed: str) -> str:
-    """Write the file, whole or not at all, and return its SHA-256."""
+    """Keep a picture as PNG, and return its SHA-256."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -340,9 +356,13 @@ def _store(image: Image, changed: str) -> str:
     image.info.clear()  # profiles, places, cameras: nothing of it is needed
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info, compress_level=3)
-    content = buffer.getvalue()
+    return store(buffer.getvalue())
+
+
+def store(content: bytes, ending: str = ENDING) -> str:
+    """Write a file of GEN_HOME/inputs, whole or not at all, and return its SHA-256."""
     sha256 = hashlib.sha256(content).hexdigest()
-    path = place(sha256)
+    path = place(sha256, ending)
     if path.is_file() and path.stat().st_size == len(content):
         return sha256
     part = path.with_name(f".{library.new_id()}.part")

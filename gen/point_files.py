@@ -13,7 +13,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Format:
 
     ending: str  # of the file's name
     summary: str
-    write: Callable[[Path, Cloud, Recipe | None], None]
+    write: Callable[[Path, Cloud, Recipe | None], Iterable[object] | None]  # pieces, of what takes long
 
 
 def cloud(points: Any, colours: Any = None) -> Cloud:
@@ -96,7 +96,8 @@ def save(
             "output_not_writable",
         )
     with artifacts.part_in(path.parent) as part:
-        row.write(part, given, recipe)
+        for _ in row.write(part, given, recipe) or ():
+            pass
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.rename(path)
@@ -275,7 +276,8 @@ def _write_png(path: Path, given: Cloud, recipe: Recipe | None) -> None:
         sheet.save(file, format="PNG", pnginfo=info)
 
 
-def _write_mp4(path: Path, given: Cloud, recipe: Recipe | None) -> None:
+def _write_mp4(path: Path, given: Cloud, recipe: Recipe | None) -> Iterator[int]:
+    """Yields the number of each frame."""
     av = _av()
     size = point_views.SIZE
     codec = next(name for name in CODECS if name in av.codecs_available)
@@ -286,8 +288,10 @@ def _write_mp4(path: Path, given: Cloud, recipe: Recipe | None) -> None:
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"  # what every player shows
         stream.options = {"crf": "18"} if codec == "libx264" else {"qscale": "3"}
-        for frame in point_views.turntable(given.points, given.colours, point_views.FRAMES, size):
+        frames = point_views.turntable(given.points, given.colours, point_views.FRAMES, size)
+        for number, frame in enumerate(frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            yield number
         container.mux(stream.encode())
 
 

@@ -1,6 +1,10 @@
 """Clouds of points to closed meshes, for printing and for programs that know triangles only.
 
-The cloud is blown up until its points grow together, what is enclosed is filled, and the whole is shrunk
+Points that were drawn by chance leave gaps in their sheets, several times as wide as they are apart, and no
+growth closes those without closing the handle of a mug as well. So sheets are evened out first: neighbours
+that lie in one plane get points between them where there are none.
+
+Then the cloud is blown up until its points grow together, what is enclosed is filled, and the whole is shrunk
 again: a morphological closing, on a grid of distances. What the cloud leaves open stays open (a mug can be
 filled), what it encloses becomes solid (a fuselage), and sheets and rods keep a least thickness. Then the
 surface of the distances is smoothed (Taubin 1995, a signal processing approach to fair surface design), which
@@ -41,6 +45,14 @@ class Mesh:
     colours: np.ndarray  # (V, 3) uint8
 
 
+NEIGHBOURS = 16
+# Of sheets, when they are evened out: thickness and tilt of what counts as one plane, and from where on a gap
+# is one and up to where it is part of the sheet, in spacings
+THICKNESS, TILT, ALIKE = 0.4, 0.35, 0.85
+GAP, BRIDGE = 0.85, 5.0
+FILLINGS = 5  # rounds; each fills in from the rims
+
+
 def reconstruct(points: np.ndarray, colours: np.ndarray) -> Mesh:
     """A closed mesh around points (P, 3), with the colours (P, 3) uint8 of the nearest ones.
 
@@ -68,6 +80,7 @@ def _solid(points: np.ndarray) -> Trimesh:
 
     size = float((points.max(0) - points.min(0)).max())
     apart = max(spacing(points), 0.6 * size / CELLS)
+    given, points = points, _evened(points, spacing(points))
     cell = max(size / CELLS, apart / 2)
     limit = GROWTHS[-1] * apart + 2 * cell
     low = points.min(0) - limit - cell
@@ -96,15 +109,51 @@ def _solid(points: np.ndarray) -> Trimesh:
     vertices, faces = _surface(-depth, -level)
     mesh = trimesh.Trimesh(vertices * cell + low, faces, process=False)
     # 4. Leave out crumbs, and smooth
-    _, nearest = cKDTree(mesh.vertices).query(points)
+    _, nearest = cKDTree(mesh.vertices).query(given)
     bodies = trimesh.graph.connected_component_labels(mesh.edges, len(mesh.vertices))
-    shares = np.bincount(bodies[nearest], minlength=bodies.max() + 1) / len(points)
+    shares = np.bincount(bodies[nearest], minlength=bodies.max() + 1) / len(given)
     mesh.update_faces((shares >= KEPT)[bodies[mesh.faces[:, 0]]])
     mesh.remove_unreferenced_vertices()
     trimesh.smoothing.filter_taubin(mesh, lamb=0.5, nu=0.525, iterations=ROUNDS)
     if not (mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0):
         raise _no_surface()
     return mesh
+
+
+def _evened(points: np.ndarray, apart: float) -> np.ndarray:
+    """The points (P, 3), and more where a sheet of them has gaps; `apart` is their spacing."""
+    from scipy.spatial import cKDTree
+
+    for _ in range(FILLINGS):
+        tree = cKDTree(points)
+        length, which = tree.query(points, min(NEIGHBOURS, len(points) - 1) + 1)
+        around = points[which] - points[which].mean(1, keepdims=True)
+        spread, axes = np.linalg.eigh(np.einsum("nki,nkj->nij", around, around))
+        normals, flat = axes[:, :, 0], spread[:, 0] < THICKNESS * spread[:, 1]
+        way, length, which = points[which[:, 1:]] - points[:, None], length[:, 1:], which[:, 1:]
+        in_plane = np.abs(np.einsum("nki,ni->nk", way, normals)) < TILT * length
+        alike = np.abs(np.einsum("nki,ni->nk", normals[which], normals)) > ALIKE
+        wide = (length > 1.8 * GAP * apart) & (length < BRIDGE * apart)
+        between = (points[:, None] + way / 2)[in_plane & alike & wide & flat[:, None]]
+        if not len(between):
+            break
+        near, _ = tree.query(between)
+        fresh = between[near > GAP * apart][np.argsort(-near[near > GAP * apart], kind="stable")]
+        if not len(fresh):
+            break
+        points = np.concatenate([points, _apart(fresh, GAP * apart)])
+    return points
+
+
+def _apart(points: np.ndarray, distance: float) -> np.ndarray:
+    """Those of the points, the first before the later, that are no nearer to each other than this."""
+    from scipy.spatial import cKDTree
+
+    kept = np.ones(len(points), bool)
+    for index, close in enumerate(cKDTree(points).query_ball_point(points, distance)):
+        if kept[index]:
+            kept[[other for other in close if other > index]] = False
+    return points[kept]
 
 
 def _no_surface() -> GenError:

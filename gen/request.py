@@ -10,7 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ class Input:
     """
 
     name: str
-    kind: str  # text | integer | number | choice | label | seed | size | image | lora: a key of CHECKS
+    kind: str  # text | integer | number | choice | label | seed | size | image | points | lora, as in CHECKS
     label: str
     help: str
     argument: str
@@ -262,6 +262,13 @@ def _check_image(of: Input, value: Any) -> dict[str, str]:
     return pictures.keep(value, of.label)
 
 
+def _check_points(of: Input, value: Any) -> dict[str, str]:
+    """Anything that holds points becomes its reference; see `gen.point_inputs`."""
+    from gen import point_inputs
+
+    return point_inputs.keep(value, of.label)
+
+
 def _check_lora(of: Input, value: Any) -> str:
     """A published adapter by its key, or the absolute path of a folder or file with one."""
     from weights import registry, store
@@ -294,11 +301,12 @@ CHECKS = {
     "seed": _check_seed,
     "size": _check_size,
     "image": _check_image,
+    "points": _check_points,
     "lora": _check_lora,
 }
 
 
-def _sent_image(of: Input, value: Any) -> Any:
+def _sent_file(of: Input, value: Any) -> Any:
     """Text from a stranger is base64 and never a path: that would read any file of this machine."""
     return {"data": value} if isinstance(value, str) and value else value
 
@@ -311,7 +319,8 @@ def _sent_lora(of: Input, value: Any) -> Any:
     raise of.error(f"{of.label} cannot be {_shown(value)}.", f"Those that can be named here: {known}.")
 
 
-SENT = {"image": _sent_image, "lora": _sent_lora}  # kinds that are narrower for strangers
+# Kinds that are narrower for strangers
+SENT = {"image": _sent_file, "points": _sent_file, "lora": _sent_lora}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +328,7 @@ class Request:
     """What to make: complete, checked and immutable. Make one with `Request.build` or `Request.from_json`.
 
     Picture n of `count` has the seed (seed + n) % 2**63 and is bit-equal to the single picture of that seed.
+    With a second seed all have the first one, and lie evenly spread on the way from the one to the other.
     """
 
     model: str
@@ -340,6 +350,7 @@ class Request:
         Raises GenError: unknown_model, not_installed, unknown_option, bad_input.
         """
         from gen import catalog
+        from gen.outputs import OUTPUTS
 
         row, tag = catalog.find(model)
         tag, _, folder = catalog.choose(row, tag)
@@ -360,6 +371,7 @@ class Request:
         for name, one in inputs.items():
             if checked[name] is None and one.by_walk is not None:
                 checked[name] = one.by_walk.get(checked["scheduler"], one.by_walk[""])
+        OUTPUTS[row.makes].check(checked, folder)
         drawn = checked.pop("seed")
         return cls(
             model=row.name,
@@ -378,7 +390,20 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        return [(self.seed + n) % SEED_LIMIT for n in range(self.count)]
+        return [one.seed for one in self.each()]
+
+    def each(self) -> list[Request]:
+        """The requests for single results that this one means."""
+        if self.inputs.get("second_seed") is None:
+            seeds = [(self.seed + n) % SEED_LIMIT for n in range(self.count)]
+            return [replace(self, seed=seed, count=1) for seed in seeds]
+        if self.count == 1:
+            return [self]
+        blends = [n / (self.count - 1) for n in range(self.count)]
+        return [
+            replace(self, inputs=MappingProxyType({**self.inputs, "blend": blend}), count=1)
+            for blend in blends
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -442,25 +467,54 @@ def draw_seed() -> int:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MEMORY = ("auto", "least")
+QUANTIZE = ("none", "int8")
+EXACT = ("lean", "plain")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to run a request: changes speed, memory and place, and pixels only by rounding."""
+    """How to run a request: changes speed, memory and place, and pixels only by rounding, `quantize` and
+    `saver` apart."""
 
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
+    memory: str = "auto"  # "least": what can be left on disk is read when it is needed
+    quantize: str = "none"  # "int8": large layers in int8, not quite the same picture
+    compile: bool = False  # torch.compile, which takes its time before the first picture
+    exact: str = "lean"  # "plain": every operation as it was published, for comparing
+    saver: str = ""  # step savers, see pipelines.step_savers: less work, and not quite the same picture
     output: Path | None = None  # a folder, or for one result its own file, as x.png; None: GEN_HOME/outputs
     preview: bool = True  # attach a small picture to step events
 
     def __post_init__(self) -> None:
         """Raises bad_input for a device or dtype there is none of; what this machine has shows when
         loading."""
-        for label, value, known in (("Device", self.device, DEVICES), ("Dtype", self.dtype, DTYPES)):
+        for label, value, known in (
+            ("Device", self.device, DEVICES),
+            ("Dtype", self.dtype, DTYPES),
+            ("Memory", self.memory, MEMORY),
+            ("Quantize", self.quantize, QUANTIZE),
+            ("Exact", self.exact, EXACT),
+        ):
             if value not in known:
                 hint = f"Choose one of {', '.join(known)}."
                 raise GenError(f"{label} cannot be {_shown(value)}.", hint, "bad_input")
+        if self.quantize != "none" and (self.compile or self.exact == "plain"):
+            raise GenError(
+                f"{self.quantize} goes neither with --compile nor with --exact plain.",
+                "Leave one of them out.",
+                "bad_input",
+            )
+        from pipelines.step_savers import parse  # needs no torch
+
+        try:
+            parse(self.saver)
+        except ValueError as error:
+            words = str(error)
+            hint = "Leave --saver out, or see `gen run --help`."
+            raise GenError(f"{words[0].upper()}{words[1:]}.", hint, "bad_input") from error
 
 
 @dataclass(frozen=True, kw_only=True)

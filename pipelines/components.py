@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,12 +127,18 @@ def write_index(
     (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 
-def load_all(folder: Path, classes: Mapping[str, str], **options: Any) -> dict[str, Any]:
-    """All parts of a pipeline's folder: `classes` as `read_index` gives them, `options` as `load` takes them.
+def load_all(
+    folder: Path, classes: Mapping[str, str], *, streamed: Collection[str] = (), **options: Any
+) -> dict[str, Any]:
+    """All parts of a pipeline's folder: `classes` as `read_index` gives them, `options` as `load` takes them,
+    `streamed` the names of those whose large layers stay in the file.
 
     Raises ValueError as `load` does, and when the VAE's latents are not those that the transformer draws.
     """
-    loaded = {name: load(folder / name, class_name, **options) for name, class_name in classes.items()}
+    loaded = {
+        name: load(folder / name, class_name, stream=name in streamed, **options)
+        for name, class_name in classes.items()
+    }
     channels, drawn = loaded["vae"].config.latent_channels, loaded["transformer"].config.in_channels
     if channels != drawn:
         raise ValueError(f"{folder}: the VAE has {channels} latent channels, the transformer draws {drawn}")
@@ -146,10 +152,13 @@ def load(
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     own: bool = True,
+    stream: bool = False,
 ) -> Any:
-    """One part from its folder. `own` False takes the library's class wherever there is one.
+    """One part from its folder. `own` False takes the library's class wherever there is one; `stream` leaves
+    a network's large layers in the file until they are called, see `pipelines.streaming`.
 
-    Raises ValueError: the folder or a file in it is missing or does not fit.
+    Raises ValueError: the folder or a file in it is missing or does not fit, or the class is the library's
+    and cannot be streamed.
     """
     part = PARTS[class_name]
     if not folder.is_dir():
@@ -159,7 +168,9 @@ def load(
     if part.kind != "model":
         return class_.from_pretrained(folder)
     if class_.__module__.startswith("pipelines."):
-        return class_.from_pretrained(folder, torch_dtype=torch_dtype, device=device)
+        return class_.from_pretrained(folder, torch_dtype=torch_dtype, device=device, stream=stream)
+    if stream:
+        raise ValueError(f"{folder}: a {class_.__name__} of the library cannot be streamed")
     try:
         # Never pickles, and never a look at the network for a file that is not there.
         options = {"use_safetensors": True, "local_files_only": True}

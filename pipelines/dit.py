@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pipelines import Step, components, schedulers
+from pipelines import Step, components, schedulers, step_savers
 from pipelines.class_labels import ClassLabels, Labels
 from pipelines.latent_images import (
     MAX_STEPS,
@@ -39,6 +39,7 @@ from pipelines.learned_range import LearnedRangeScheduler
 from pipelines.models.dit import DiTTransformer2DModel, Modulation
 from pipelines.models.network import read_json
 from pipelines.scheduler_base import index_entry, noise_schedule, standard_noise
+from pipelines.step_savers import StepSaver
 
 Callback = Callable[["DiTPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
@@ -149,6 +150,7 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
         num_inference_steps: int = 50,
         scheduler: str = schedulers.STORED,  # or "learned-range", or a name of pipelines.schedulers
         generator: Generators = None,  # one for all pictures, or a list with one for each
+        savers: str | Sequence[StepSaver] = (),  # "guidance=0.1:0.6", see pipelines.step_savers
         num_images_per_prompt: int = 1,
         eta: float = 0.0,  # for schedulers that have it
         latents: Tensor | None = None,  # (B, C, Y, X) of standard noise, instead of drawing it
@@ -172,7 +174,8 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
             )
         latents = latents.to(self.device, torch.float32) * walk.init_noise_sigma
         # 5. Walk
-        predict = self.predictor(labels, walk.timesteps, guidance_scale, guidance_channels)
+        plan = self._plan(savers, walk.timesteps, guidance_scale)
+        predict = self.predictor(labels, walk.timesteps, guidance_scale, guidance_channels, plan)
         learned = _learned_variance(walk)
         extra = {} if learned else accepted(walk.step, {"generator": generator, "eta": eta})
         count = len(walk.timesteps)
@@ -206,30 +209,47 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
         timesteps: Tensor,
         guidance_scale: float = 1.0,
         guidance_channels: int | None = None,
+        plan: step_savers.Plan = (),  # what each step computes; empty: all of it
     ) -> Predict:
         """The function a step calls: latents (B, C, Y, X) to the guided prediction, all its channels.
 
         Guidance moves the first `guidance_channels` channels of the noise. All others, the variance among
         them, are those of the class itself. The official code guides 3 of 4, and its published numbers
-        were measured so. Caches wrap the function, one per run.
+        were measured so.
         """
         transformer, pictures = self.transformer, len(labels)
         guided = guidance_scale > 1.0
         moved = transformer.config.in_channels if guidance_channels is None else guidance_channels
         halves = [*labels, *[transformer.config.null_label] * pictures] if guided else [*labels]
-        modulation = modulations(transformer, halves, timesteps)
+        network = conditioned(transformer, halves, timesteps, self.exact)
+        full = step_savers.Call(guided=guided)
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
-            predicted = transformer(
-                latents.to(transformer.dtype), modulation=modulation(index)
-            ).sample.float()
-            if not guided:
+            call = plan[index] if plan else full
+            rows = None if call.guided == guided else pictures  # or the first half alone
+            predicted = network(latents.to(transformer.dtype), index, rows, **call.hooks).sample.float()
+            if not call.guided:
                 return predicted
             of_class, of_none = predicted.chunk(2)
             noise = of_none[:, :moved] + guidance_scale * (of_class[:, :moved] - of_none[:, :moved])
             return torch.cat([noise, of_class[:, moved:]], dim=1)
 
         return predict
+
+    def _plan(
+        self, savers: str | Sequence[StepSaver], timesteps: Tensor, guidance_scale: float
+    ) -> step_savers.Plan:
+        """What each step computes. Raises ValueError for savers that have no use in such a run."""
+        if self.exact == "plain" and step_savers.parse(savers):
+            raise ValueError("savers leave work out, and plain means that nothing is; take one of the two")
+        return step_savers.plan(
+            savers,
+            timesteps,
+            getattr(self.scheduler.config, "num_train_timesteps", MAX_STEPS),
+            guided=guidance_scale > 1.0,
+            conditional=0,
+            cross_attention=False,
+        )
 
     # Its verbs
 
@@ -244,6 +264,7 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
         num_inference_steps: int = 50,
         scheduler: str = schedulers.STORED,
         generator: Generators = None,
+        savers: str | Sequence[StepSaver] = (),
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -275,6 +296,11 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
             noise_schedule(self.scheduler)
         else:
             walk.set_timesteps(num_inference_steps)
+        if step_savers.parse(savers):
+            if walk is None:
+                walk = self._walk(scheduler)
+                walk.set_timesteps(num_inference_steps)
+            self._plan(savers, walk.timesteps, guidance_scale)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents"}
@@ -304,6 +330,32 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
         if generator is None or isinstance(generator, torch.Generator):
             return standard_noise((times * batch, *shape), generator, latents.device)[:batch]
         return torch.cat([standard_noise((times, *shape), one, latents.device)[:1] for one in generator])
+
+
+def conditioned(transformer: Any, labels: Sequence[int], timesteps: Tensor, exact: str) -> Callable[..., Any]:
+    """The network with its labels: latents or clouds and the index of a step -> its output.
+
+    `transformer` is a DiT, in two dimensions or three. Where `exact` is "plain" everything is computed at
+    every step for every row, as published; else tables are computed ahead, and rows shared.
+    """
+    if exact != "plain":
+        modulation = modulations(transformer, labels, timesteps)
+
+        def lean(x: Tensor, index: int, first: int | None = None, **hooks: Any) -> Any:
+            tables = modulation(index)
+            if first is not None:  # of the labels, instead of all
+                tables = tables.at(slice(first))
+            return transformer(x, modulation=tables, **hooks)
+
+        return lean
+    rows, device = len(labels), transformer.device
+    labels_R = torch.tensor(labels, device=device)
+
+    def at_step(x: Tensor, index: int, first: None = None) -> Any:
+        halves = x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+        return transformer(halves, timesteps[index].to(device).expand(rows), labels_R)
+
+    return at_step
 
 
 def modulations(transformer: Any, labels: Sequence[int], timesteps: Tensor) -> Callable[[int], Modulation]:

@@ -22,9 +22,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pipelines import Step, attention, components, schedulers
+from pipelines import Step, attention, components, lean, schedulers
 from pipelines.class_labels import ClassLabels, Labels
-from pipelines.dit import modulations
+from pipelines.dit import conditioned
 from pipelines.dpm_solver import DPMSolver, DPMSolverConfig
 from pipelines.latent_images import (
     MAX_STEPS,
@@ -108,6 +108,7 @@ class DiT3DPipeline(ClassLabels):
         self.scheduler = scheduler
         self.mean, self.std = _read_units(mean, std)
         self.name_classes(id2label or {})
+        self.exact = lean.LEAN
         self.interrupt = False  # a callback may set it to stop after the current step
 
     # Loading and saving
@@ -163,6 +164,11 @@ class DiT3DPipeline(ClassLabels):
     def set_attention(self, name: str = "auto") -> str:
         """Choose the transformer's attention function; see `pipelines.attention`."""
         return attention.set_attention(self.transformer, name)
+
+    def prepare(self, exact: str = "lean", *, int8: bool = False) -> Self:
+        """Ready the network for drawing: see `LatentImagePipeline.prepare`."""
+        self.exact = lean.prepare_all(exact, self.transformer, int8=int8)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -296,10 +302,10 @@ class DiT3DPipeline(ClassLabels):
         transformer, clouds = self.transformer, len(labels)
         guided = guidance_scale > 1.0
         halves = [*labels, *[transformer.config.null_label] * clouds] if guided else [*labels]
-        modulation = modulations(transformer, halves, timesteps)
+        network = conditioned(transformer, halves, timesteps, self.exact)
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
-            predicted = transformer(latents, modulation=modulation(index)).sample[:, :3].float()
+            predicted = network(latents, index).sample[:, :3].float()
             if not guided:
                 return predicted
             of_class, of_none = predicted.chunk(2)
@@ -399,21 +405,24 @@ class DiT3DPipeline(ClassLabels):
 
     def noise_between(self, seed_a: int, seed_b: int, count: int, num_points: int = NUM_POINTS) -> Tensor:
         """(count, 3, P): noise of one seed, turned step by step into that of another; as strong all along."""
+        check_integer("count", count, 2, 10_000)
+        shares = [index / (count - 1) for index in range(count)]
+        return torch.cat([self.noise_at(seed_a, seed_b, share, num_points) for share in shares])
+
+    def noise_at(self, seed_a: int, seed_b: int, share: float, num_points: int = NUM_POINTS) -> Tensor:
+        """(1, 3, P): noise of one seed, turned by this share of the way (0 to 1) into that of another."""
         for name, seed in (("seed_a", seed_a), ("seed_b", seed_b)):
             check_integer(name, seed, -(2**63), 2**64 - 1)
-        check_integer("count", count, 2, 10_000)
         first, last = (
             self.noise(1, num_points, torch.Generator("cpu").manual_seed(seed)) for seed in (seed_a, seed_b)
         )
         cosine = (first * last).sum().double() / (first.norm().double() * last.norm().double())
         angle = torch.acos(cosine.clamp(-1, 1)).item()
         if math.sin(angle) < 1e-6:  # one seed twice
-            return first.repeat(count, 1, 1)
-        turns = [index / (count - 1) * angle for index in range(count)]
-        weights = [
-            (math.sin(angle - turn) / math.sin(angle), math.sin(turn) / math.sin(angle)) for turn in turns
-        ]
-        return torch.cat([of_first * first + of_last * last for of_first, of_last in weights])
+            return first
+        turn = share * angle
+        of_first, of_last = (math.sin(part) / math.sin(angle) for part in (angle - turn, turn))
+        return of_first * first + of_last * last
 
     def encode(self, points: Any) -> Tensor:
         """Points (K, 3), or (B, K, 3), in the units of the data, to (1 or B, 3, K) in those of the training.

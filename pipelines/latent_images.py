@@ -4,21 +4,24 @@ sizes, and the checks of arguments."""
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines import attention, tiling
+from pipelines import attention, lean, tiling
 from pipelines.bins import BINS
 from pipelines.scheduler_base import Generators, standard_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger(__name__)
 
 Predict = Callable[[Tensor, int, Tensor], Tensor]  # latents, index of the step, timestep -> prediction
 
@@ -43,11 +46,30 @@ class LatentImagePipeline:
         self.scheduler = scheduler  # a model to copy: every run walks its own
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.interrupt = False  # a callback may set it to stop after the current step
+        self.exact = lean.LEAN
+        self.decoded_in_tiles = False
         self._preview_map: Tensor | None = None
 
     def set_attention(self, name: str = "auto") -> str:
         """Choose the transformer's attention function; see `pipelines.attention`."""
         return attention.set_attention(self.transformer, name)
+
+    def prepare(self, exact: str = "lean", *, int8: bool = False) -> Self:
+        """Ready loaded networks for drawing, in the dtype and place they have now.
+
+        "lean": the same numbers up to rounding, in fewer operations; see `pipelines.lean`, which says what is
+        no longer possible afterwards. "plain": every operation at every step, as published. A pipeline that
+        was not made ready computes once per picture what no step changes, and leaves the networks as they
+        are. `int8` is faster and not the same: see `pipelines.int8`.
+
+        Raises ValueError for another word, for int8 that is to be plain, and for a network too small for it.
+        """
+        branch = getattr(self, "controlnet", None)
+        self.exact = lean.prepare_all(exact, self.transformer, branch, int8=int8)
+        halved = self.vae.dtype in (torch.bfloat16, torch.float16)
+        if exact == "lean" and halved:  # a quarter faster on a CPU; in float32 it is slower there
+            self.vae.to(memory_format=torch.channels_last)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -79,25 +101,36 @@ class LatentImagePipeline:
         size: tuple[int, int] | None = None,  # (height, width) to resize and crop to; None: as drawn
         tiled: bool | None = None,  # in overlapping tiles, for little memory; None: for large pictures
     ) -> Any:
-        """Latents to pictures: a list of PIL images, a (B, 3, Y, X) tensor or (B, Y, X, 3) array in 0..1."""
+        """Latents to pictures: a list of PIL images, a (B, 3, Y, X) tensor or (B, Y, X, 3) array in 0..1.
+
+        When memory does not suffice for a picture as a whole it is decoded in tiles. Whether any was, for
+        whatever reason, `decoded_in_tiles` tells afterwards.
+        """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         factor = self.vae_scale_factor
-        if tiled is None:
-            tiled = scaled[0, 0].numel() * factor**2 > TILED_FROM
+        large = scaled[0, 0].numel() * factor**2 > TILED_FROM
 
-        def decode(row: Tensor) -> Tensor:
+        def at_once(row: Tensor) -> Tensor:
             return self.vae.decode(row, return_dict=False)[0]
 
+        def decode(row: Tensor) -> Tensor:
+            if not self.decoded_in_tiles:
+                try:
+                    return at_once(row)
+                except (MemoryError, RuntimeError) as error:
+                    if tiled is False or not tiling.out_of_memory(error):
+                        raise
+                    log.warning("decoding in tiles: memory did not suffice for the whole picture")
+            # Outside of the handler, whose error keeps the memory of the attempt
+            self.decoded_in_tiles = True
+            return tiling.decode_in_tiles(at_once, row, factor=factor)
+
+        self.decoded_in_tiles = large if tiled is None else tiled
         # One at a time: less memory, and a picture does not depend on its neighbours.
-        images = torch.cat(
-            [
-                tiling.decode_in_tiles(decode, row, factor=factor) if tiled else decode(row)
-                for row in scaled.split(1)
-            ]
-        ).float()
+        images = torch.cat([decode(row) for row in scaled.split(1)]).float()
         if size is not None:
             images = _resize_and_crop(images, *size)
         images = (images / 2 + 0.5).clamp(0, 1)

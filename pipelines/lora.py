@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.int8 import Int8Linear
 from pipelines.models.network import read_json, read_tensors
+from pipelines.packed import PackedLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, HALVES = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
@@ -156,9 +158,16 @@ def merge(model: nn.Module, lora: LoRA, scale: float = 1.0, *, keep_originals: b
     """
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"scale must be a number, not {scale!r}")
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    modules = dict(model.named_modules())
+    if any(
+        isinstance(module, PackedLinear | Int8Linear) or getattr(module, "to_qkv", None) is not None
+        for module in modules.values()
+    ):
+        raise ValueError(
+            f"{lora.source}: the model was made ready for drawing; "
+            "call pipelines.lean.restore, or load it anew"
+        )
+    layers = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
     lost = [name for name in lora.pairs if name not in layers]
     if lost:
         keys = [f"{PREFIX}{name}{half}" for name in lost for half in HALVES]

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines import Step, attention, components, schedulers
+from pipelines import Step, attention, components, schedulers, step_savers
 from pipelines.bins import BINS
 from pipelines.latent_images import Generators, ImagePipelineOutput, Predict, check_choice
 from pipelines.lcm import LCMSolver, OneStep
@@ -121,6 +121,7 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         torch_dtype: torch.dtype | None = None,  # None: as stored
         device: torch.device | str | None = None,  # None: the CPU
         own_parts: bool = True,  # False: diffusers' and transformers' classes for all but the transformer
+        stream_text_encoder: bool = False,  # leave it in its file, and read each layer when it is called
     ) -> Self:
         """Read a diffusers folder of either family, and `controlnet/` and `hed/` where they lie beside.
 
@@ -129,7 +130,9 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         """
         folder = Path(folder)
         options: dict[str, Any] = {"torch_dtype": torch_dtype, "device": device}
-        pipeline = super().from_pretrained(folder, own_parts=own_parts, **options)
+        pipeline = super().from_pretrained(
+            folder, own_parts=own_parts, stream_text_encoder=stream_text_encoder, **options
+        )
         index = read_json(folder / "model_index.json")
         pipeline.family = index["_class_name"]
         # The converter of published weights writes the folder only; it cannot know the index.
@@ -260,6 +263,8 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
                 f"none of {steps} steps lies between control_guidance_start {control_guidance_start!r} "
                 f"and control_guidance_end {control_guidance_end!r}"
             )
+        if controlnet_conditioning_scale != 0:
+            step_savers.check_control(step_savers.parse(options.get("savers", ())))
         self._check_control(control_image, control_kind)
 
     def scheduler_names(self) -> tuple[str, ...]:
@@ -339,6 +344,7 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         size: tuple[int, int],
         guidance_scale: float,
         generator: Generators = None,
+        plan: step_savers.Plan = (),
         *,
         micro_ratio: str,
         control_image: Image | np.ndarray | None,
@@ -352,20 +358,18 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
             conditions["aspect_ratio"] = torch.full_like(
                 conditions["aspect_ratio"], bin_ratio(*size, self.native_size)
             )
-        modulation = self.transformer.modulation(timesteps, conditions)
+        given = (captions, mask, timesteps, conditions, guidance_scale)
         if control_image is None or controlnet_conditioning_scale == 0:
-            text = self.transformer.text_states(captions, mask)
-            return self.predictor(text, modulation, guidance_scale)
+            return self.predictor_for(*given, plan=plan)
         controlled = ControlledPixArt(self.transformer, self.controlnet)
-        text = controlled.text_states(captions, mask)
         network = functools.partial(
             controlled,
             control_latents=self._control_latents(control_image, control_kind, size, generator),
             conditioning_scale=controlnet_conditioning_scale,
         )
         steered = _steered(len(timesteps), control_guidance_start, control_guidance_end)
-        alone = self.predictor(text, modulation, guidance_scale)
-        with_control = self.predictor(text, modulation, guidance_scale, network)
+        alone = self.predictor_for(*given, plan=plan)
+        with_control = self.predictor_for(*given, network, controlled.text_states, plan)
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
             return (with_control if steered[index] else alone)(latents, index, timestep)

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines import Step, components, schedulers
+from pipelines import Step, components, schedulers, step_savers
 from pipelines.bins import BINS, nearest_bin
 from pipelines.latent_images import (
     MAX_STEPS,
@@ -40,12 +40,30 @@ from pipelines.latent_images import (
 )
 from pipelines.models.pixart import PixArtTransformer2DModel
 from pipelines.scheduler_base import index_entry, noise_schedule
+from pipelines.step_savers import StepSaver
 
 log = logging.getLogger(__name__)
 
 Callback = Callable[["PixArtSigmaPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
+
+class Embeddings(Protocol):
+    """What keeps encoded prompts: vectors (L, D) of a text of which so many tokens are read."""
+
+    def get(self, text: str, tokens: int) -> Tensor | None: ...
+
+    def put(self, text: str, tokens: int, vectors: Tensor) -> None: ...
+
+
 NULL_CAPTIONS = ("own", "prompt")
+PADDED = 300  # tokens to which captions are padded in training
+
+
+class _Index:
+    """In place of tables of modulation: the number of the step."""
+
+    def at(self, step: int) -> int:
+        return step
 
 
 class PixArtSigmaPipeline(LatentImagePipeline):
@@ -65,6 +83,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
     ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
+        self.embeddings: Embeddings | None = None  # where encoded prompts are kept, if anywhere
         super().__init__(vae, transformer, scheduler)
 
     # Loading and saving
@@ -77,6 +96,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         torch_dtype: torch.dtype | None = None,  # None: as stored
         device: torch.device | str | None = None,  # None: the CPU
         own_parts: bool = True,  # False: diffusers' and transformers' classes for all but the transformer
+        stream_text_encoder: bool = False,  # leave it in its file, and read each layer when it is called
     ) -> Self:
         """Read a diffusers folder.
 
@@ -85,7 +105,14 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         """
         folder = Path(folder)
         classes = components.read_index(folder, cls.families, cls.parts)
-        loaded = components.load_all(folder, classes, torch_dtype=torch_dtype, device=device, own=own_parts)
+        loaded = components.load_all(
+            folder,
+            classes,
+            torch_dtype=torch_dtype,
+            device=device,
+            own=own_parts,
+            streamed=("text_encoder",) if stream_text_encoder else (),
+        )
         text_width, caption_width = (
             loaded["text_encoder"].config.d_model,
             loaded["transformer"].config.caption_channels,
@@ -159,6 +186,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         guidance_scale: float = 4.5,  # 1 or less: no guidance, half the work
         null_caption: str = "own",  # "prompt": the published way, see `encode_null`
         generator: Generators = None,  # one for all pictures, or a list with one for each
+        savers: str | Sequence[StepSaver] = (),  # "guidance=0.1:0.6", see pipelines.step_savers
         num_images_per_prompt: int = 1,
         eta: float = 0.0,  # for schedulers that have it
         latents: Tensor | None = None,  # (B, C, Y, X) of standard noise, instead of drawing it
@@ -201,7 +229,8 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         latents = noise.to(self.device, torch.float32) * walk.init_noise_sigma
         # 5. Walk
         strength = guidance_scale if guided else 1.0
-        predict = self._prepare(captions, mask, walk.timesteps, size, strength, generator, **more)
+        plan = self._plan(savers, walk.timesteps, strength)
+        predict = self._prepare(captions, mask, walk.timesteps, size, strength, generator, plan=plan, **more)
         extra = accepted(walk.step, {"generator": generator, "eta": eta})
         count = len(walk.timesteps)
         self.interrupt = False
@@ -223,24 +252,68 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         modulation: Any,
         guidance_scale: float,
         network: Callable[..., Any] | None = None,  # called like the transformer; None: the transformer
+        plan: step_savers.Plan = (),  # what each step computes; empty: all of it
+        alone: Any = None,  # `text` of the conditional half, for steps of the plan that compute only that
     ) -> Predict:
-        """The function a step calls: latents to the guided prediction. Caches wrap it, one per run."""
+        """The function a step calls: latents to the guided prediction."""
         transformer, channels = self.transformer, self.transformer.config.in_channels
         network = network or transformer
+        guided = guidance_scale > 1.0
+        full = step_savers.Call(guided=guided)
 
         def predict(latents: Tensor, index: int, timestep: Tensor) -> Tensor:
+            call = plan[index] if plan else full
+            both = call.guided == guided  # or there is one half only
             predicted = network(
-                latents.to(transformer.dtype), text=text, modulation=modulation.at(index)
+                latents.to(transformer.dtype),
+                text=text if both else alone,
+                modulation=modulation.at(index),
+                **call.hooks,
             ).sample
             if transformer.out_channels == 2 * channels:  # the other half is the learned variance
                 predicted = predicted[:, :channels]
             predicted = predicted.float()
-            if guidance_scale <= 1.0:
+            if not call.guided:
                 return predicted
             without, with_text = predicted.chunk(2)
             return without + guidance_scale * (with_text - without)
 
         return predict
+
+    def predictor_for(
+        self,
+        captions: Tensor,
+        mask: Tensor,
+        timesteps: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance_scale: float,
+        network: Callable[..., Any] | None = None,  # called like the transformer; None: the transformer
+        text_states: Callable[..., Any] | None = None,  # its own; None: the transformer's
+        plan: step_savers.Plan = (),
+    ) -> Predict:
+        """`predictor`, out of what it needs computed once; or its twin where `exact` is "plain", which
+        computes everything at every step and over padded captions, as published."""
+        if self.exact != "plain":
+            text_states = text_states or self.transformer.text_states
+            text, alone = text_states(captions, mask), None
+            if guidance_scale > 1.0 and not all(call.guided for call in plan):
+                half = len(captions) // 2
+                alone = text_states(captions[half:], mask[half:])
+            modulation = self.transformer.modulation(timesteps, conditions)
+            return self.predictor(text, modulation, guidance_scale, network, plan, alone)
+        network = network or self.transformer
+        padding = max(0, PADDED - captions.shape[1])
+        captions, mask = (
+            functional.pad(captions, (0, 0, 0, padding)),
+            functional.pad(mask.bool(), (0, padding)),
+        )
+        rows = len(captions)
+
+        def at_step(latents: Tensor, *, text: None, modulation: int) -> Any:
+            halves = latents.repeat(rows // len(latents), 1, 1, 1)
+            return network(halves, captions, timesteps[modulation].expand(rows), conditions, mask)
+
+        return self.predictor(None, _Index(), guidance_scale, at_step)
 
     # Its verbs
 
@@ -257,6 +330,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         guidance_scale: float = 4.5,
         null_caption: str = "own",
         generator: Generators = None,
+        savers: str | Sequence[StepSaver] = (),
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -290,6 +364,9 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         check_choice("scheduler", scheduler, self.scheduler_names())
         check_choice("null_caption", null_caption, NULL_CAPTIONS)
         self._check_walk(scheduler, num_inference_steps, timesteps)
+        if step_savers.parse(savers):
+            walk = self._laid_out(scheduler, num_inference_steps, timesteps)
+            self._plan(savers, walk.timesteps, guidance_scale)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
             raise ValueError(
@@ -346,6 +423,7 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         Every text is encoded by itself and at its real length, so that its vectors do not depend on its
         neighbours. Longer texts than `max_sequence_length` tokens are cut, and the log says so.
         """
+        kept = self.embeddings
         rows = []
         for text in prompts:
             cleaned = _clean(text, clean_caption)
@@ -356,8 +434,14 @@ class PixArtSigmaPipeline(LatentImagePipeline):
                 log.warning(
                     "the model reads %d tokens; the end of the prompt is cut off", max_sequence_length
                 )
-            ids_1L = torch.tensor([ids], device=self.text_encoder.device)
-            rows.append(self.text_encoder(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L))[0][0])
+            device = self.text_encoder.device
+            row = kept.get(cleaned, len(ids)) if kept else None
+            if row is None:
+                ids_1L = torch.tensor([ids], device=device)
+                row = self.text_encoder(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L))[0][0]
+                if kept:
+                    kept.put(cleaned, len(ids), row)
+            rows.append(row.to(device))
         return _pad(rows)
 
     @torch.inference_mode()
@@ -446,11 +530,26 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         size: tuple[int, int],  # (height, width) in pixels, as drawn
         guidance_scale: float,  # 1: there is one half only
         generator: Generators = None,
+        plan: step_savers.Plan = (),
     ) -> Predict:
         """Compute once what no step changes, and give the function a step calls."""
-        text = self.transformer.text_states(captions, mask)
-        modulation = self.transformer.modulation(timesteps, self.micro_conditions(*size))
-        return self.predictor(text, modulation, guidance_scale)
+        conditions = self.micro_conditions(*size)
+        return self.predictor_for(captions, mask, timesteps, conditions, guidance_scale, plan=plan)
+
+    def _plan(
+        self, savers: str | Sequence[StepSaver], timesteps: Tensor, guidance_scale: float
+    ) -> step_savers.Plan:
+        """What each step computes. Raises ValueError for savers that have no use in such a run."""
+        if self.exact == "plain" and step_savers.parse(savers):
+            raise ValueError("savers leave work out, and plain means that nothing is; take one of the two")
+        return step_savers.plan(
+            savers,
+            timesteps,
+            getattr(self.scheduler.config, "num_train_timesteps", MAX_STEPS),
+            guided=guidance_scale > 1.0,
+            conditional=1,
+            cross_attention=True,
+        )
 
     def _captions(
         self, texts: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, **limits: Any

@@ -21,6 +21,14 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
     return [round(index * (length - tile) / (count - 1)) for index in range(count)]
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which memory runs out, on a CPU or a GPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
+    )
+
+
 def decode_in_tiles(
     decode: Callable[[Tensor], Tensor],  # (B, C, y, x) -> (B, 3, factor * y, factor * x)
     latents: Tensor,  # (B, C, Y, X)

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One set of weights: embedded, then `folder` is set (relative to weights/), or published: `repo_id`."""
+    """One set of weights: embedded or one's own, then `folder` is set, or published: `repo_id`."""
 
     key: str
     summary: str
@@ -19,12 +19,12 @@ class Checkpoint:
     size_multiple: int  # pixels; width and height must be multiples of it
     smallest: int  # pixels per side
     largest: int  # pixels per side
-    folder: str = ""
+    folder: str = ""  # relative to weights/ or GEN_WEIGHTS_DIR
     repo_id: str = ""
     is_toy: bool = False  # trained in hours on procedural pictures: said wherever its pictures appear
     recipe: str = ""  # name for `gen train`; empty when the weights are not ours to make
     files: tuple[str, ...] = ()  # what to fetch of a repository, if not all of it
-    family: str = ""  # for `gen convert --as`, when the files are in the official layout
+    family: str = ""  # for `gen convert --as`, when the files are in the official layout, or may be
     pipeline: str = ""  # class in model_index.json
     companions: tuple[str, ...] = ()  # repositories with the parts that this one may lack; one of them does
     walk: str = ""  # the one it was distilled for: "lcm" or "one-step"; empty for any that take many steps
@@ -95,6 +95,18 @@ DIT3D_TOY = replace(
     folder="toy/dit-3d",
     recipe="dit-3d:toy",
     pipeline="DiT3DPipeline",
+)
+
+# No repository holds these weights: one converts the authors' file, or trains one's own.
+DIT3D = replace(
+    DIT3D_TOY,
+    key="dit-3d",
+    summary="Your own clouds of points: trained on a folder, or converted from an official checkpoint",
+    licence="that of its training data",
+    folder="dit-3d",
+    is_toy=False,
+    recipe="dit-3d",
+    family="dit-3d",
 )
 
 CLOUD_JUDGE = replace(
@@ -296,6 +308,7 @@ CHECKPOINTS = index(
     TOY,
     DELTA_TOY,
     DIT_TOY,
+    DIT3D,
     DIT3D_TOY,
     JUDGE,
     CLOUD_JUDGE,

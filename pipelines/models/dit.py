@@ -15,7 +15,7 @@ R rows of one table (pairs of timestep and class), E blocks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from pipelines.models.layers import (
     TIME_FEATURES,
+    AdaLayerNorm,
     Attention,
     Embedder,
     FeedForward,
@@ -159,13 +160,13 @@ class Block(nn.Module):
         self.norm1 = AdaLNZero(width)
         self.attn1 = Attention(width, width, config.num_attention_heads, config.attention_bias, dropout)
         self.ff = FeedForward(width, dropout)
-        self.norm = nn.LayerNorm(width, eps=EPSILON, elementwise_affine=False)  # twice: it has no weights
+        self.norm = AdaLayerNorm(width, eps=EPSILON, elementwise_affine=False)  # twice: it has no weights
 
     def forward(self, x_BND: Tensor, table_B6D: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = table_B6D[:, :, None].unbind(1)
-        y_BND = torch.addcmul(shift1, self.norm(x_BND), scale1)
-        x_BND = torch.addcmul(x_BND, gate1, self.attn1(y_BND, *self.attn1.keys_and_values(y_BND)))
-        y_BND = torch.addcmul(shift2, self.norm(x_BND), scale2)
+        y_BND = self.norm.modulate(x_BND, shift1, scale1)
+        x_BND = torch.addcmul(x_BND, gate1, self.attn1.to_itself(y_BND))
+        y_BND = self.norm.modulate(x_BND, shift2, scale2)
         return torch.addcmul(x_BND, gate2, self.ff(y_BND))
 
 
@@ -277,6 +278,7 @@ class DiTTransformer2DModel(Network):
         return_dict: bool = True,  # either way the result is a tuple whose first entry is `sample`
         *,
         modulation: Modulation | None = None,  # one row, or one per row of the batch
+        around: Callable[..., Tensor] | None = None,  # given the run through all blocks, and the tokens
     ) -> Output:
         """(B, out_channels, Y, X).
 
@@ -301,8 +303,13 @@ class DiTTransformer2DModel(Network):
         x_BND = x_BND + self.positions(rows // patch, columns // patch, x_BND.dtype, x_BND.device)
         if given > batch:
             x_BND = x_BND.repeat(given // batch, 1, 1)
-        for index, block in enumerate(self.transformer_blocks):
-            x_BND = block(x_BND, modulation.blocks_ER6D[index])
+
+        def blocks(x_BND: Tensor) -> Tensor:
+            for index, block in enumerate(self.transformer_blocks):
+                x_BND = block(x_BND, modulation.blocks_ER6D[index])
+            return x_BND
+
+        x_BND = blocks(x_BND) if around is None else around(blocks, x_BND)
         shift, scale = modulation.final_R2D[:, :, None].unbind(1)
         x_BND = self.proj_out_2(torch.addcmul(shift, self.norm_out(x_BND), scale))
         return Output(unpatch(x_BND, rows // patch, columns // patch, patch))

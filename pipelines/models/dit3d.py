@@ -35,6 +35,7 @@ from pipelines.models.dit import (
 )
 from pipelines.models.layers import (
     TIME_FEATURES,
+    AdaLayerNorm,
     Attention,
     Embedder,
     FeedForward,
@@ -189,11 +190,10 @@ class CubeAttention(Attention):
         return q_BHNK, torch.cat([k_BHNK, at_NK.expand(*k_BHNK.shape[:2], -1, -1)], dim=-1)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        q_BHNK, (k_BHNK, v_BHNK) = self.queries(x_BND), self.keys_and_values(x_BND)
+        q_BHNK, k_BHNK, v_BHNK = (self.split(part) for part in self.project(x_BND))
         if self.relative:
             q_BHNK, k_BHNK = self.lengthen(q_BHNK, k_BHNK)
-        y_BHNK = self.attend(q_BHNK, k_BHNK, v_BHNK, None)
-        return self.out(y_BHNK.transpose(1, 2).flatten(2))
+        return self.mix(q_BHNK, k_BHNK, v_BHNK)
 
 
 class Block(nn.Module):
@@ -205,7 +205,7 @@ class Block(nn.Module):
         self.norm1 = AdaLNZero(width)
         self.attn1 = CubeAttention(config, self.window or self.side)
         self.ff = FeedForward(width, config.dropout, approximate="none")
-        self.norm = nn.LayerNorm(width, eps=EPSILON, elementwise_affine=False)  # twice: it has no weights
+        self.norm = AdaLayerNorm(width, eps=EPSILON, elementwise_affine=False)  # twice: it has no weights
 
     def look_around(self, y_BND: Tensor) -> Tensor:
         if not self.window:
@@ -224,9 +224,9 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, table_B6D: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = table_B6D[:, :, None].unbind(1)
-        y_BND = torch.addcmul(shift1, self.norm(x_BND), scale1)
+        y_BND = self.norm.modulate(x_BND, shift1, scale1)
         x_BND = torch.addcmul(x_BND, gate1, self.look_around(y_BND))
-        y_BND = torch.addcmul(shift2, self.norm(x_BND), scale2)
+        y_BND = self.norm.modulate(x_BND, shift2, scale2)
         return torch.addcmul(x_BND, gate2, self.ff(y_BND))
 
 

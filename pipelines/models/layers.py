@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,28 @@ class Embedder(nn.Module):
         return self.linear_2(functional.silu(self.linear_1(features)))
 
 
+_JOINT = ("to_q", "to_k", "to_v")
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer with these numbers, for inference."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear.eval()
+
+
+def _split_state(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for kind in ("weight", "bias"):
+        joint = state.pop(f"{prefix}to_qkv.{kind}", None)
+        if joint is not None:
+            state.update(
+                (f"{prefix}{name}.{kind}", part) for name, part in zip(_JOINT, joint.chunk(3), strict=True)
+            )
+
+
 class Attention(nn.Module):
     """Multi-head attention; `attend` is the function of `pipelines.attention` it computes with."""
 
@@ -109,6 +131,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context, width, bias=bias)
         self.to_v = nn.Linear(context, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
+        self.to_qkv: nn.Module | None = None  # the first three in one: see `fuse`
         self.attend = sdpa_attention
 
     def split(self, x_BND: Tensor) -> Tensor:
@@ -125,9 +148,47 @@ class Attention(nn.Module):
         """(B, H, N, K)."""
         return self.split(self.to_q(x_BND))
 
+    def project(self, x_BND: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of the same tokens, (B, N, D) each, heads not yet apart."""
+        if self.to_qkv is not None:
+            return self.to_qkv(x_BND).chunk(3, dim=-1)
+        return self.to_q(x_BND), self.to_k(x_BND), self.to_v(x_BND)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Make one layer of the first three, for attention of tokens to themselves.
+
+        The state dict stays that of three.
+        """
+        parts = (self.to_q, self.to_k, self.to_v)
+        self.to_qkv = linear_of(
+            torch.cat([part.weight for part in parts]),
+            None if self.to_q.bias is None else torch.cat([part.bias for part in parts]),
+        )
+        del self.to_q, self.to_k, self.to_v
+        self._split_hook = self.register_state_dict_post_hook(_split_state)
+
+    @torch.no_grad()
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
+        assert isinstance(self.to_qkv, nn.Linear)
+        weights, bias = self.to_qkv.weight.chunk(3), self.to_qkv.bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        self.to_qkv = None
+        for name, weight, part in zip(_JOINT, weights, biases, strict=True):
+            setattr(self, name, linear_of(weight.clone(), None if part is None else part.clone()))
+        self._split_hook.remove()
+
+    def to_itself(self, x_BND: Tensor) -> Tensor:
+        """Self-attention."""
+        return self.mix(*(self.split(part) for part in self.project(x_BND)))
+
+    def mix(self, q_BHNK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the queries find, put together again: (B, N, D)."""
+        return self.out(self.attend(q_BHNK, k_BHLK, v_BHLK, mask).transpose(1, 2).flatten(2))
+
     def forward(self, x_BND: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor | None = None) -> Tensor:
-        y_BHNK = self.attend(self.queries(x_BND), k_BHLK, v_BHLK, mask)
-        return self.out(y_BHNK.transpose(1, 2).flatten(2))
+        return self.mix(self.queries(x_BND), k_BHLK, v_BHLK, mask)
 
 
 class Gelu(nn.Module):
@@ -137,9 +198,23 @@ class Gelu(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, hidden)
         self.approximate = approximate
+        self.fused = False  # whether the GELU is in `proj` already: see `pipelines.lean`
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return functional.gelu(self.proj(x_BND), approximate=self.approximate)
+        y_BND = self.proj(x_BND)
+        return y_BND if self.fused else functional.gelu(y_BND, approximate=self.approximate)
+
+
+class AdaLayerNorm(nn.LayerNorm):
+    """Normalised tokens, scaled and shifted by a table of some rows: adaLN's first half."""
+
+    lean = False  # whether one row for all may be taken as the norm's own weights, which saves a pass
+
+    def modulate(self, x_BND: Tensor, shift_R1D: Tensor, scale_R1D: Tensor) -> Tensor:
+        if self.lean and shift_R1D.shape[0] == 1 and not self.elementwise_affine:
+            weights = (scale_R1D[0, 0], shift_R1D[0, 0])
+            return functional.layer_norm(x_BND, self.normalized_shape, *weights, self.eps)
+        return torch.addcmul(shift_R1D, self(x_BND), scale_R1D)
 
 
 class FeedForward(nn.Module):

@@ -43,9 +43,23 @@ class Network(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    streamed_on: torch.device | None = None  # where it computes when its weights are not kept there
+
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self.streamed_on or next(self.parameters()).device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to` and its like do with every tensor."""
+        self._refuse_streamed("moved or converted")
+        return super()._apply(fn, recurse)
+
+    def _refuse_streamed(self, done: str) -> None:
+        if self.streamed_on is not None:
+            raise ValueError(
+                f"a {type(self).__name__} that leaves its weights in the file cannot be {done}; "
+                "load it without `stream`"
+            )
 
     @classmethod
     def read_config(cls, folder: Path | str) -> Config:
@@ -80,6 +94,7 @@ class Network(nn.Module):
         *,
         torch_dtype: torch.dtype | None = None,  # None keeps what the file holds
         device: torch.device | str | None = None,
+        stream: bool = False,  # keep large layers in the file; see `pipelines.streaming`
     ) -> Self:
         """Read configuration and weights, ready for inference.
 
@@ -89,6 +104,12 @@ class Network(nn.Module):
         folder = Path(folder)
         model = cls.empty(cls.read_config(folder))
         state = model.rename(read_tensors(folder, cls.weights_name))
+        if stream:
+            from pipelines import streaming
+
+            model.check_shapes(state, folder)
+            streaming.stream(model, state, torch_dtype, device, folder)
+            return model.eval()
         model.check_state(state, folder)
         # Moving one tensor at a time keeps the peak at one copy of the weights.
         state = {key: model.cast(key, state.pop(key), torch_dtype, device) for key in list(state)}
@@ -102,6 +123,7 @@ class Network(nn.Module):
         """
         from safetensors.torch import save_file
 
+        self._refuse_streamed("saved")
         state = self.stored_state(**layout)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +154,12 @@ class Network(nn.Module):
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
     def check_state(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Refuse weights that do not belong to this configuration, or are not all numbers."""
+        self.check_shapes(state, folder)
+        for key, tensor in state.items():
+            finite(key, tensor, folder)
+
+    def check_shapes(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Refuse weights that do not belong to this configuration, naming the first tensors that differ."""
         wanted = {key: tensor.shape for key, tensor in self.state_dict().items()}
         for problem, keys in (
@@ -146,9 +174,12 @@ class Network(nn.Module):
                 raise ValueError(
                     f"{folder}: {key} is {tuple(state[key].shape)}, config.json means {tuple(shape)}"
                 )
-        for key, tensor in state.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"{folder}: {key} holds numbers that are not finite (NaN or infinity)")
+
+
+def finite(key: str, tensor: Tensor, source: Path) -> None:
+    """Raises ValueError for numbers that are not finite."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ValueError(f"{source}: {key} holds numbers that are not finite (NaN or infinity)")
 
 
 class _Uninitialised(TorchFunctionMode):

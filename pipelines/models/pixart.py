@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from pipelines.models.layers import (
     TIME_FEATURES,
+    AdaLayerNorm,
     Attention,
     Embedder,
     FeedForward,
@@ -174,16 +175,13 @@ class SelfAttention(Attention):
             nn.init.zeros_(self.sr.bias)
             self.norm = nn.LayerNorm(width)
 
-    def queries(self, x_BND: Tensor) -> Tensor:
-        q_BND = self.to_q(x_BND)
-        return self.split(q_BND if self.q_norm is None else self.q_norm(q_BND))
-
-    def grid_keys_and_values(self, x_BND: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Two of (B, H, L, K), L being the tokens that compression leaves of grid = rows, columns."""
-        k_BND, v_BND = self.to_k(x_BND), self.to_v(x_BND)
-        if self.k_norm is not None:
-            k_BND = self.k_norm(k_BND)
-        return self.split(self._compress(k_BND, grid)), self.split(self._compress(v_BND, grid))
+    def over_grid(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Self-attention over grid = rows, columns, of which compression leaves fewer keys and values."""
+        q_BND, k_BND, v_BND = self.project(x_BND)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BND, k_BND = self.q_norm(q_BND), self.k_norm(k_BND)
+        k_BND, v_BND = self._compress(k_BND, grid), self._compress(v_BND, grid)
+        return self.mix(self.split(q_BND), self.split(k_BND), self.split(v_BND))
 
     def _compress(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         factor = self.factor
@@ -211,17 +209,17 @@ class Block(nn.Module):
         width, heads, dropout = config.width, config.num_attention_heads, config.dropout
         context = config.cross_attention_dim or width
         affine = config.norm_elementwise_affine
-        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
+        self.norm1 = AdaLayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
         self.attn1 = SelfAttention(config, compressed)
         self.attn2 = Attention(width, context, heads, config.attention_bias, dropout)
-        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
+        self.norm2 = AdaLayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
         self.ff = FeedForward(width, dropout)
         self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, width), std=width**-0.5))
 
     def attend_image(self, x_BND: Tensor, table_B6D: Tensor, grid: tuple[int, int]) -> Tensor:
         shift, scale, gate = table_B6D[:, :3, None].unbind(1)
-        y_BND = torch.addcmul(shift, self.norm1(x_BND), scale)
-        return torch.addcmul(x_BND, gate, self.attn1(y_BND, *self.attn1.grid_keys_and_values(y_BND, grid)))
+        y_BND = self.norm1.modulate(x_BND, shift, scale)
+        return torch.addcmul(x_BND, gate, self.attn1.over_grid(y_BND, grid))
 
     def attend_text(self, x_BND: Tensor, text: TextStates, block: int) -> Tensor:
         parts = [self._attend_run(x_BND[run.rows], run, block) for run in text.runs]
@@ -234,7 +232,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x_BND: Tensor, table_B6D: Tensor) -> Tensor:
         shift, scale, gate = table_B6D[:, 3:, None].unbind(1)
-        y_BND = torch.addcmul(shift, self.norm2(x_BND), scale)
+        y_BND = self.norm2.modulate(x_BND, shift, scale)
         return torch.addcmul(x_BND, gate, self.ff(y_BND))
 
 
@@ -434,6 +432,8 @@ class PixArtTransformer2DModel(Network):
         text: TextStates | None = None,
         modulation: Modulation | None = None,  # one row, or one per row of the batch
         between: Between | None = None,  # changes the tokens before each block but the first
+        attend: Callable[..., Tensor] | None = None,  # instead of `Block.attend_text`
+        around: Callable[..., Tensor] | None = None,  # given the run through all blocks, and the tokens
     ) -> Output:
         """(B, out_channels, Y, X).
 
@@ -459,14 +459,24 @@ class PixArtTransformer2DModel(Network):
         x_BND = self.pos_embed(hidden_states)
         grid = (rows // patch, columns // patch)
         x_BND = x_BND + self.positions(*grid, x_BND.dtype, x_BND.device)
-        for index, block in enumerate(self.transformer_blocks):
-            if index and between is not None:
-                x_BND = between(index, x_BND, modulation)
-            x_BND = block.attend_image(x_BND, modulation.blocks_ES6D[index], grid)
-            if index == 0 and times > 1:
-                x_BND, modulation = x_BND.repeat(times, 1, 1), modulation.repeat(times)
-            x_BND = block.attend_text(x_BND, text, index)
-            x_BND = block.feed_forward(x_BND, modulation.blocks_ES6D[index])
+        once, modulation = modulation, modulation.repeat(times) if times > 1 else modulation
+
+        def blocks(x_BND: Tensor) -> Tensor:
+            for index, block in enumerate(self.transformer_blocks):
+                if index and between is not None:
+                    x_BND = between(index, x_BND, modulation)
+                table_B6D = modulation.blocks_ES6D[index]
+                x_BND = block.attend_image(x_BND, table_B6D if index else once.blocks_ES6D[0], grid)
+                if index == 0 and times > 1:
+                    x_BND = x_BND.repeat(times, 1, 1)
+                if attend is None:
+                    x_BND = block.attend_text(x_BND, text, index)
+                else:
+                    x_BND = attend(block, x_BND, text, index)
+                x_BND = block.feed_forward(x_BND, table_B6D)
+            return x_BND
+
+        x_BND = blocks(x_BND) if around is None else around(blocks, x_BND)
 
         shift, scale = modulation.final_S2D[:, :, None].unbind(1)
         x_BND = self.proj_out(torch.addcmul(shift, self.norm_out(x_BND), scale))

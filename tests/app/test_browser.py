@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 import gen
-from gen import artifacts
+from gen import artifacts, point_inputs
 from tests.app.conftest import Server, looking, serving
 
 LONG = {"Steps": 200, "Width": 256, "Height": 256}  # some seconds on one core
@@ -280,6 +280,42 @@ def test_a_cloud_is_seen_turned_and_downloaded_and_comes_back_from_the_history(
         assert canvas.evaluate(PAINTED)[0] > 0.02
         page.get_by_role("button", name="Use this recipe").click()
         expect(page.get_by_label("number input for Points")).to_have_value("300")
+
+
+def test_known_points_are_uploaded_stay_and_come_back_from_the_history(
+    browser: Browser, others: Server, tmp_path: Path
+):
+    points = np.random.default_rng(3).uniform(-0.4, 0.4, (50, 3)).astype(np.float32)
+    np.save(tmp_path / "a leg.npy", points)
+    with looking(browser, others.url) as page:
+        choose(page, "dit-3d:toy")
+        page.get_by_label("Class", exact=True).click()
+        page.get_by_role("option", name="mug").click()
+        form = page.locator("#form")
+        for label, value in {"Points": 120, "Steps": 3}.items():
+            box = form.get_by_label(f"number input for {label}")
+            box.fill(str(value))
+            box.press("Tab")
+        form.get_by_role("button", name="More").click()
+        field = form.locator("#dit-3d-known_points")
+        field.locator("input[type=file]").set_input_files(tmp_path / "a leg.npy")
+        expect(field).to_contain_text("a leg")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#result cloud-viewer canvas")).to_be_visible()
+        expect(page.get_by_role("row", name=re.compile(r"Known points a leg\.npy"))).to_be_visible()
+        expect(page.locator("#message")).to_contain_text("50 of 50 in a leg.npy are kept")
+
+        reload(page)
+        page.locator("#history").get_by_role("button", name="mug").first.click()
+        page.get_by_role("button", name="Use this recipe").click()
+        form.get_by_role("button", name="More").click()
+        expect(field).to_contain_text("a leg")
+        expect(form.get_by_label("number input for Points")).to_have_value("120")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#history").get_by_role("button", name="mug")).to_have_count(2)
+        clouds = [path for path in others.files if path.name.endswith("-mug.ply")]
+        first, second = map(point_inputs.read_points, clouds)
+        assert np.array_equal(first[:50], points) and np.array_equal(first, second)
 
 
 def test_a_cloud_that_cannot_be_read_leaves_its_picture(browser: Browser, others: Server):

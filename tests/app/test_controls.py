@@ -101,3 +101,22 @@ def test_classes_are_a_list_that_typing_searches():
     shown = [("red cube, crimson box", "red cube"), ("1", "1"), ("crane", "2"), ("crane, heron", "3")]
     assert widget.choices == shown
     assert [one.check(value) for _, value in shown] == [value for _, value in shown]
+
+
+def test_kept_points_come_back_into_the_form_under_their_own_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    (one,) = (one for one in MODELS["dit-3d"].inputs if one.kind == "points")
+    path = tmp_path / "half a chair.xyz"
+    path.write_text("\n".join(f"{n} {n % 5} {n % 3}" for n in range(30)))
+    reference = one.check(path)
+    shown = controls.change(one, reference)["value"]
+    assert shown.endswith("/half a chair.xyz")
+    assert one.check(shown) == reference, "sent once more it is the same"
+    assert controls.change(one)["value"] is None
+
+
+def test_only_the_first_seed_says_that_it_is_random():
+    first, second = (one for one in MODELS["dit-3d"].inputs if one.kind == "seed")
+    assert controls.change(first)["placeholder"] == "random each time"
+    assert controls.change(second)["placeholder"] == "none"
+    assert "on the way" in controls.change(second)["info"]

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from app import server
-from gen import library, pictures
+from gen import library, pictures, point_inputs
 from gen.catalog import MODELS
 from gen.errors import GenError
 from tests.app.conftest import ROOT, serving
@@ -147,6 +148,59 @@ def test_a_cloud_is_drawn_and_its_files_go_out_by_id_and_kind(
         assert answer.status_code == 404, kind
         assert b"SQLite" not in answer.content
     assert client.get("/files/nobody/glb").status_code == 404
+
+
+def test_points_come_in_as_bytes_and_stay_in_the_cloud_that_is_drawn(
+    client: TestClient, tiny_dit3d_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "dit-3d").symlink_to(tiny_dit3d_folder)
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(tmp_path))
+    text = b"\n".join(b"%f %f %f" % (x / 50, x % 7 / 20, x % 3 / 10) for x in range(20))
+    answer = client.post("/api/inputs?kind=points", content=text, headers={"X-Name": "..%2Fa%20leg.xyz"})
+    assert answer.status_code == 200, answer.text
+    reference = answer.json()
+    assert reference["name"] == "a leg.xyz" and reference == point_inputs.keep(reference)
+    inputs = {"class_label": "mug", "points": 64, "steps": 2, "files": "points", "known_points": reference}
+    answer = client.post("/api/generations", json={"model": "dit-3d:toy", "inputs": inputs, "seed": 4})
+    assert answer.status_code == 202, answer.text
+    events = client.get(f"/api/generations/{answer.json()['id']}/events").text.splitlines()
+    (result,) = json.loads(events[-1])["results"]
+    found = point_inputs.read_points(result["files"]["ply"])
+    assert np.array_equal(found[:20], point_inputs.read(reference))
+
+
+def test_no_file_of_the_server_is_read_in_the_name_of_points(
+    client: TestClient, tiny_dit3d_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "dit-3d").symlink_to(tiny_dit3d_folder)
+    monkeypatch.setenv("GEN_WEIGHTS_DIR", str(tmp_path))
+    secret = tmp_path / "secret.xyz"
+    secret.write_text("1 2 3\n4 5 6\n" * 20)
+    before = sorted((library.home() / "inputs").glob("*"))
+    for sent in (
+        str(secret),
+        {"data": str(secret)},
+        {"sha256": f"../../{secret.name}"},
+        {"sha256": "0" * 64, "name": str(secret)},
+        {"name": str(secret)},
+        {"path": str(secret)},
+        [str(secret)],
+    ):
+        inputs = {"class_label": "mug", "known_points": sent}
+        answer = client.post("/api/generations", json={"model": "dit-3d:toy", "inputs": inputs})
+        assert answer.status_code == 422, sent
+        assert answer.json()["error"]["code"] == "bad_input"
+    for content, kind, words in (
+        (b"hello", "points", "no file of points"),
+        (b"", "points", "is empty"),
+        (b"1 2 3", "sounds", "No files of the kind 'sounds'"),
+    ):
+        answer = client.post(f"/api/inputs?kind={kind}", content=content)
+        assert answer.status_code == 422
+        assert words in answer.json()["error"]["message"]
+    assert sorted((library.home() / "inputs").glob("*")) == before
 
 
 @pytest.mark.parametrize(

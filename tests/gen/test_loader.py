@@ -1,5 +1,6 @@
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -125,3 +126,33 @@ def test_a_missing_package_is_told_with_the_way_to_get_it(tmp_path, monkeypatch)
 def test_a_missing_module_of_ours_stays_a_bug():
     with pytest.raises(ModuleNotFoundError):
         loader.resolve("pipelines.no_such_file:Pipeline")
+
+
+def test_large_weights_are_bfloat16_where_the_processor_has_units_for_it() -> None:
+    from gen.optim import bfloat16_units
+
+    large = "bfloat16" if bfloat16_units("cpu") else "float32"
+    assert loader.choose_device(CPU) == loader.choose_device(CPU, 600_000_000) == ("cpu", large)
+    assert loader.choose_device(CPU, loader.SMALL - 1) == ("cpu", "float32")
+    assert loader.choose_device(Settings(device="cpu", dtype="float32"), 600_000_000) == ("cpu", "float32")
+
+
+def test_networks_are_made_ready_unless_plain_is_asked_for(tiny_toy_folder: Path) -> None:
+    lean = loader.load(ROW, tiny_toy_folder, CPU)
+    plain = loader.load(ROW, tiny_toy_folder, Settings(device="cpu", exact="plain"))
+    assert (lean.exact, plain.exact) == ("lean", "plain")
+    attention = [one.pipeline.transformer.transformer_blocks[0].attn1 for one in (lean, plain)]
+    assert attention[0].to_qkv is not None and attention[1].to_qkv is None
+
+
+def test_a_text_encoder_that_would_fill_the_memory_stays_on_disk(
+    tiny_toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loader.load(ROW, tiny_toy_folder, CPU).streamed == ()
+    least = loader.load(ROW, tiny_toy_folder, Settings(device="cpu", memory="least"))
+    assert least.streamed == ("text_encoder",) and least.pipeline.text_encoder.streamed_on is not None
+    whole = loader.needs(tiny_toy_folder, "float32", False)
+    assert least.bytes < whole
+    monkeypatch.setattr(loader, "memory", lambda _: int(whole / loader.ROOM) - 10)
+    assert loader.must_stream(tiny_toy_folder, "cpu", "float32")
+    assert not loader.must_stream(tiny_toy_folder, "cpu", "bfloat16")

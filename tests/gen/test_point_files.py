@@ -19,7 +19,8 @@ from scipy.spatial import cKDTree
 
 from gen import point_files, point_views
 from gen.errors import GenError
-from gen.point_mesh import reconstruct
+from gen.point_mesh import LEAST, _evened, reconstruct
+from gen.point_views import spacing
 from gen.toy import models3d
 
 # Everything that could be misread on the way: line ends, escapes, words of headers, lengths.
@@ -209,8 +210,37 @@ def test_pieces_that_stand_apart_are_kept_and_crumbs_are_not() -> None:
     bodies = trimesh.Trimesh(mesh.vertices, mesh.faces).split()
     assert len(bodies) == 2 and all(body.is_watertight for body in bodies)
     volumes = sorted(body.volume for body in bodies)
-    assert volumes[1] == pytest.approx(4 / 3 * np.pi, rel=0.15), "a hollow ball becomes a solid one"
+    radius = 1 + LEAST * spacing(points)  # by half the least thickness of a sheet too large
+    assert volumes[1] == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.05), "a hollow ball becomes solid"
+    assert radius < 1.07
     assert mesh.vertices[:, 1].max() < 1.5
+
+
+@pytest.mark.parametrize(("number", "most"), [(10, 1), (22, 1), (28, 3)])  # without evening: 2, 3 and 9
+def test_a_mug_keeps_the_hole_of_its_handle_and_gets_hardly_others(number: int, most: int) -> None:
+    shape = next(itertools.islice(models3d.shapes(3), number, None))
+    assert shape.family == "mug"
+    points, _ = models3d.cloud(shape, 2048, number)
+    mesh = reconstruct(points, np.zeros((len(points), 3), np.uint8))
+    holes = 1 - trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).euler_number // 2
+    assert 1 <= holes <= most
+
+
+def test_sheets_are_evened_out_and_what_stands_apart_is_not_joined() -> None:
+    rng = np.random.default_rng(0)
+    sheet = rng.random((1500, 3)) * [1, 1, 0]
+    apart = spacing(sheet)
+    gap = np.linalg.norm(sheet - [0.5, 0.5, 0], axis=1) < 2 * apart  # as wide as chance leaves them
+    other = sheet + np.array([0, 0, 6 * apart])
+    points = np.concatenate([sheet[~gap], other])
+    more = _evened(points, apart)
+    assert np.array_equal(more[: len(points)], points)
+    added = more[len(points) :]
+    levels = added[:, 2] / (6 * apart)
+    assert (np.minimum(np.abs(levels), np.abs(levels - 1)) < 0.05).all(), "nothing between two sheets"
+    middle = cKDTree(added).query([[0.5, 0.5, 0]])[0][0]
+    assert middle < 1.5 * apart < cKDTree(points).query([[0.5, 0.5, 0]])[0][0]
+    assert cKDTree(added).query(points)[0].min() > 0.8 * apart, "only where there was nothing"
 
 
 def test_clouds_of_few_or_flat_points_become_meshes_too() -> None:

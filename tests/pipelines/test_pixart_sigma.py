@@ -529,6 +529,51 @@ def test_tiled_decoding_is_near_decoding_at_once(pipeline: PixArtSigmaPipeline) 
     assert not torch.equal(tiled, whole)
 
 
+class Scarce:
+    """Memory for 64 latents per side, and not more."""
+
+    def __init__(self, decoder: torch.nn.Module, error: Exception) -> None:
+        self.error, self.sizes = error, []
+        self.handle = decoder.register_forward_pre_hook(self)
+
+    def __call__(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.sizes.append(max(inputs[0].shape[-2:]))
+        if self.sizes[-1] > 64:
+            raise self.error
+
+    def __enter__(self) -> Scarce:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.handle.remove()
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_decoded_in_tiles(
+    pipeline: PixArtSigmaPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    latents = torch.randn(2, 4, 80, 72, generator=torch.Generator().manual_seed(1))
+    expected = pipeline.decode(latents, "pt", tiled=True)
+    assert pipeline.decoded_in_tiles
+    with Scarce(pipeline.vae.decoder, torch.OutOfMemoryError("CUDA out of memory")) as scarce:
+        assert torch.equal(pipeline.decode(latents, "pt"), expected)
+    assert pipeline.decoded_in_tiles and "decoding in tiles" in caplog.text
+    assert scarce.sizes.count(80) == 1  # the second picture does not try again
+    pipeline.decode(latents[..., :16, :16], "pt")
+    assert not pipeline.decoded_in_tiles
+
+
+def test_other_errors_of_the_decoder_are_not_taken_for_it(pipeline: PixArtSigmaPipeline) -> None:
+    latents = torch.randn(1, 4, 80, 72)
+    with (
+        Scarce(pipeline.vae.decoder, RuntimeError("shapes do not fit")),
+        pytest.raises(RuntimeError, match="fit"),
+    ):
+        pipeline.decode(latents, "pt")
+    scarce = Scarce(pipeline.vae.decoder, MemoryError())
+    with scarce, pytest.raises(MemoryError):
+        pipeline.decode(latents, "pt", tiled=False)
+
+
 def test_words_that_can_only_be_spelled_are_named_once(pipeline: PixArtSigmaPipeline) -> None:
     assert pipeline.unknown_words("a red Gryphon, on a (small) cube; gryphon x 7up") == ["gryphon", "7up"]
     assert pipeline.unknown_words("") == []

@@ -9,7 +9,9 @@ def test_every_checkpoint_says_what_it_is_and_where_from(row):
     assert row.summary
     assert row.licence
     assert bool(row.folder) != bool(row.repo_id)
-    assert row.is_toy == bool(row.recipe)
+    own = bool(row.folder and row.family)  # trained or converted by whoever uses it
+    assert (row.is_toy or own) == bool(row.recipe)
+    assert not (row.is_toy and own)
     assert row.smallest <= row.native_size <= row.largest
     for size in (row.smallest, row.native_size, row.largest):
         assert size % row.size_multiple == 0

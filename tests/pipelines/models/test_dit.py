@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.attention import ATTENTION, set_attention
+from pipelines.attention import set_attention, usable
 from pipelines.models.dit import SIZES, DiTTransformer2DModel, published_state
 
 SMALL = dict(
@@ -69,7 +69,7 @@ def inputs(batch: int = 2, rows: int = 8, columns: int = 8, channels: int = 4) -
     }
 
 
-@pytest.mark.parametrize("attention", list(ATTENTION))
+@pytest.mark.parametrize("attention", usable("cpu"))
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @torch.inference_mode()
 def test_it_equals_diffusers_with_its_slips_mended(options: dict[str, Any], attention: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.attention import ATTENTION, set_attention
+from pipelines.attention import set_attention, usable
 from pipelines.models.dit import DiTTransformer2DModel
 from pipelines.models.dit3d import (
     SIZES,
@@ -174,7 +174,7 @@ def test_small_windows_are_another_model_and_keep_to_themselves() -> None:
     assert moved.nonzero().flatten().tolist() == [0, 1, 4, 5, 16, 17, 20, 21]
 
 
-@pytest.mark.parametrize("attention", list(ATTENTION))
+@pytest.mark.parametrize("attention", usable("cpu"))
 @torch.inference_mode()
 def test_relative_positions_are_added_to_the_logits(attention: str) -> None:
     """Against a table of N x N logits, written out."""
@@ -182,7 +182,7 @@ def test_relative_positions_are_added_to_the_logits(attention: str) -> None:
     layer = model.transformer_blocks[1].attn1
     set_attention(model, attention)
     x = torch.randn(2, 64, 48)
-    q, (k, v) = layer.queries(x), layer.keys_and_values(x)
+    q, k, v = (layer.split(part) for part in layer.project(x))
     logits = q @ k.mT * 24**-0.5
     place = torch.cartesian_prod(*[torch.arange(4)] * 3)
     for axis, name in enumerate("xyz"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.attention import ATTENTION, set_attention
+from pipelines.attention import set_attention, usable
 from pipelines.models.pixart import PixArtTransformer2DModel
 
 SMALL = dict(
@@ -71,7 +71,7 @@ def ragged(batch: int = 2, length: int = 7) -> Tensor:
     return (torch.arange(length) < lengths[:, None]).long()
 
 
-@pytest.mark.parametrize("attention", list(ATTENTION))
+@pytest.mark.parametrize("attention", usable("cpu"))
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @torch.inference_mode()
@@ -102,7 +102,7 @@ def test_a_boolean_mask_means_the_same_as_numbers() -> None:
     assert relative(numbers, ours(**given).sample) > 1e-3  # the mask is not idle
 
 
-@pytest.mark.parametrize("attention", list(ATTENTION))
+@pytest.mark.parametrize("attention", usable("cpu"))
 @torch.inference_mode()
 def test_text_and_modulation_computed_before_equal_the_plain_way(attention: str) -> None:
     ours, _ = twins(use_additional_conditions=True)
@@ -365,7 +365,7 @@ def test_an_odd_row_is_left_out_of_the_others(sampling: str) -> None:
     assert thinned(sampling)(**inputs(rows=10, columns=18)).sample.shape == (2, 8, 10, 18)
 
 
-@pytest.mark.parametrize("attention", list(ATTENTION))
+@pytest.mark.parametrize("attention", usable("cpu"))
 def test_precomputed_parts_equal_the_plain_way_when_thinned(attention: str) -> None:
     model, given = thinned("conv", qk_norm=True), inputs()
     set_attention(model, attention)
