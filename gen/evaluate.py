@@ -372,6 +372,7 @@ def _dit3d_toy(
     folder = _embedded("dit-3d-toy")
     with explained(folder):
         pipeline = DiT3DPipeline.from_pretrained(folder, torch_dtype=torch.float32, device=_device(device))
+        pipeline.prepare()  # as `gen run` draws
     judge = load_judge(_embedded("cloud-judge-toy"))
     labels = toy_dit3d.even_labels(count)
     clouds = toy_dit3d.draw(pipeline, labels, range(count), steps=steps, report=report)
