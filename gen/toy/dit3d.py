@@ -241,7 +241,7 @@ def save_sheet(clouds: Tensor, path: Path, columns: int, size: int = 160) -> Non
 
 def assemble(transformer: DiT3DModel, normalisation: tuple[list[float], float]) -> DiT3DPipeline:
     mean, std = normalisation
-    scheduler = DPMSolver(**BETAS, prediction_type="v_prediction")
+    scheduler = DPMSolver(**BETAS, prediction_type="v_prediction", timestep_spacing="late")
     return DiT3DPipeline(transformer, scheduler, dict(enumerate(NAMES)), mean=mean, std=std)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -106,7 +107,20 @@ def test_settings_it_cannot_compute_are_left_to_diffusers(options: dict, tmp_pat
         DPMSolver.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "trailing", "continuous"])
+@pytest.mark.parametrize("steps", [1, 4, 25, 50])
+def test_late_steps_start_and_end_with_the_schedule_and_become_shorter(steps: int) -> None:
+    solver = DPMSolver(timestep_spacing="late")
+    solver.set_timesteps(steps)
+    times = solver.timesteps.tolist()
+    assert len(times) == steps and times[0] == 999
+    lengths = [before - after for before, after in itertools.pairwise([*times, 0])]
+    assert all(length > 0 for length in lengths)
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(lengths))  # they are rounded
+    if steps == 50:
+        assert times[-1] == 3
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "continuous", "late"])
 def test_as_many_steps_as_timesteps_are_walked(spacing: str) -> None:
     """Rounding puts one timestep of `linspace` twice, and diffusers divides by their distance."""
     solver = DPMSolver(timestep_spacing=spacing, prediction_type="sample")
