@@ -103,7 +103,8 @@ class DPMSolver(OrderedScheduler):
         return ((-2 * log_alpha).expm1().sqrt()).tolist()
 
     def _spaced(self, steps: int) -> list[int]:
-        """Timesteps of the three customs and our own, arXiv:2305.08891 table 2; rounding half to even, as numpy does."""
+        """Timesteps of the three customs (arXiv:2305.08891, table 2) and our own; rounding half to even, as
+        numpy does."""
         last = self.config.num_train_timesteps
         if self.config.timestep_spacing == "linspace":
             return [round((last - 1) * index / steps) for index in range(steps, 0, -1)]
