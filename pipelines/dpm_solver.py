@@ -25,7 +25,6 @@ from torch import Tensor
 
 from pipelines.scheduler_base import NoiseConfig, OrderedScheduler
 
-
 LATE = 1.5  # power of the spacing of this name: at 50 steps of 1000 the last is from 3 rather than from 20
 
 
