@@ -6,6 +6,7 @@ torch is imported inside the fixtures, so that tests of the command line can pro
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's folder or the network."""
     monkeypatch.setenv("GEN_HOME", str(tmp_path / "gen-home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    logging.getLogger("pipelines").setLevel(logging.NOTSET)  # the command line silences it for its process
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,10 @@ def imported_third_parties(*folders: str) -> set[str]:
     return tops - ours - set(sys.stdlib_module_names)
 
 
+# FlashAttention 3 is in no package index; its row of the attention table says where it is to be had.
+FROM_SOURCE = {"flash_attn_interface"}
+
+
 def test_what_the_code_imports_is_declared():
     """An import that works only because some other package brings it breaks when that one changes."""
     providers = importlib.metadata.packages_distributions()
@@ -107,7 +111,8 @@ def test_what_the_code_imports_is_declared():
     undeclared = {
         module
         for module in imported_third_parties("app", "gen", "pipelines", "weights")
-        if not {canonicalize_name(name) for name in providers.get(module, [module])} & (declared | optional)
+        if module not in FROM_SOURCE
+        and not {canonicalize_name(name) for name in providers.get(module, [module])} & (declared | optional)
     }
     assert not undeclared
 
