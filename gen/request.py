@@ -507,6 +507,10 @@ class Settings:
                 "Leave one of them out.",
                 "bad_input",
             )
+        if self.compile and self.exact == "plain":
+            raise GenError(
+                "--compile is no plain computation.", "Leave --compile or --exact plain out.", "bad_input"
+            )
         from pipelines.step_savers import parse  # needs no torch
 
         try:

@@ -50,6 +50,9 @@ TABLE_BYTES = 2**27  # of adaLN tables computed ahead
 class DiTPipeline(ClassLabels, LatentImagePipeline):
     """Three parts, the names of the classes, and the recipe. Parts may be ours or the libraries'."""
 
+    conditional_half = 0
+    cross_attention = False
+
     parts = ("vae", "transformer", "scheduler")
 
     def __init__(
@@ -235,21 +238,6 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
             return torch.cat([noise, of_class[:, moved:]], dim=1)
 
         return predict
-
-    def _plan(
-        self, savers: str | Sequence[StepSaver], timesteps: Tensor, guidance_scale: float
-    ) -> step_savers.Plan:
-        """What each step computes. Raises ValueError for savers that have no use in such a run."""
-        if self.exact == "plain" and step_savers.parse(savers):
-            raise ValueError("savers leave work out, and plain means that nothing is; take one of the two")
-        return step_savers.plan(
-            savers,
-            timesteps,
-            getattr(self.scheduler.config, "num_train_timesteps", MAX_STEPS),
-            guided=guidance_scale > 1.0,
-            conditional=0,
-            cross_attention=False,
-        )
 
     # Its verbs
 

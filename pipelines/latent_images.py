@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines import attention, lean, tiling
+from pipelines import attention, lean, step_savers, tiling
 from pipelines.bins import BINS
 from pipelines.scheduler_base import Generators, standard_noise
+from pipelines.step_savers import StepSaver
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +40,9 @@ class ImagePipelineOutput:
 
 class LatentImagePipeline:
     """The part of a pipeline that does not depend on what is asked for: words, a class or a control image."""
+
+    conditional_half = 1  # which half of a guided batch sees the condition
+    cross_attention = True  # whether the transformer reads a text at every block
 
     def __init__(self, vae: Any, transformer: Any, scheduler: Any) -> None:
         self.vae = vae
@@ -153,6 +157,21 @@ class LatentImagePipeline:
         small = _to_pil((colours / 2 + 0.5).nan_to_num().clamp(0, 1).cpu().numpy())
         factor = self.vae_scale_factor
         return small.resize((small.width * factor, small.height * factor), resample=3)  # bicubic
+
+    def _plan(
+        self, savers: str | Sequence[StepSaver], timesteps: Tensor, guidance_scale: float
+    ) -> step_savers.Plan:
+        """What each step computes. Raises ValueError for savers that have no use in such a run."""
+        if self.exact == lean.PLAIN and step_savers.parse(savers):
+            raise ValueError("savers leave work out, and plain means that nothing is; take one of the two")
+        return step_savers.plan(
+            savers,
+            timesteps,
+            getattr(self.scheduler.config, "num_train_timesteps", MAX_STEPS),
+            guided=guidance_scale > 1.0,
+            conditional=self.conditional_half,
+            cross_attention=self.cross_attention,
+        )
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         return height // self.vae_scale_factor, width // self.vae_scale_factor

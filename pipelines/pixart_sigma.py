@@ -536,21 +536,6 @@ class PixArtSigmaPipeline(LatentImagePipeline):
         conditions = self.micro_conditions(*size)
         return self.predictor_for(captions, mask, timesteps, conditions, guidance_scale, plan=plan)
 
-    def _plan(
-        self, savers: str | Sequence[StepSaver], timesteps: Tensor, guidance_scale: float
-    ) -> step_savers.Plan:
-        """What each step computes. Raises ValueError for savers that have no use in such a run."""
-        if self.exact == "plain" and step_savers.parse(savers):
-            raise ValueError("savers leave work out, and plain means that nothing is; take one of the two")
-        return step_savers.plan(
-            savers,
-            timesteps,
-            getattr(self.scheduler.config, "num_train_timesteps", MAX_STEPS),
-            guided=guidance_scale > 1.0,
-            conditional=1,
-            cross_attention=True,
-        )
-
     def _captions(
         self, texts: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, **limits: Any
     ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import pytest
 
 from gen import catalog
 from gen.errors import GenError
-from gen.request import SEED_LIMIT, TEXT_LIMIT, Event, Input, Request
+from gen.request import SEED_LIMIT, TEXT_LIMIT, Event, Input, Request, Settings
 
 pytestmark = pytest.mark.usefixtures("installed")
 
@@ -212,3 +212,18 @@ def test_an_event_tells_only_what_matters_to_its_kind():
         "results",
         "error",
     }
+
+
+@pytest.mark.parametrize(
+    "together",
+    [
+        {"compile": True, "exact": "plain"},
+        {"quantize": "int8", "exact": "plain"},
+        {"quantize": "int8", "compile": True},
+        {"saver": "nap=3"},
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(together: dict) -> None:
+    with pytest.raises(GenError) as refused:
+        Settings(**together)
+    assert refused.value.code == "bad_input"
