@@ -95,9 +95,9 @@ def _lean(pipeline: Any) -> list[str]:
 
 
 def _int8(pipeline: Any) -> list[str]:
-    int8 = importlib.import_module(TREATMENTS["int8"].module)
+    """As the loader does it: projections joined first, and what is not quantised packed."""
     pipeline.set_attention("auto")
-    int8.quantize_linears(pipeline.transformer)
+    pipeline.prepare("lean", int8=True)
     return ["int8"]
 
 
