@@ -31,6 +31,8 @@ REGISTRY: dict[str, Kind] = {
     "corrupt_weights": Kind(4, 500, "A file of the weights is missing, cut short or changed."),
     "out_of_memory": Kind(5, 507, "The work did not fit into the memory of the processor or the GPU."),
     "disk_full": Kind(6, 507, "No space was left while saving."),
+    "network": Kind(1, 502, "The hub of published weights was not reached, or did not answer as it should."),
+    "no_access": Kind(1, 403, "The repository is gated or private, and no token that may read it was given."),
     "no_server": Kind(7, 503, "No server could be reached or started at the address."),
     "cancelled": Kind(130, 499, "Stopped by the user before the end."),
 }

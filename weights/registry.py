@@ -33,6 +33,8 @@ class Checkpoint:
     network: str = ""  # class of the network that denoises
     config: Mapping[str, Any] = field(default_factory=dict)  # its configuration, where it is no default
     parameters: int = 0  # of that network, tables of positions not counted
+    beside: int = 0  # parameters of all else that a picture needs: text encoder, autoencoder
+    revision: str = ""  # commit or tag of the repository that `gen pull` takes; empty: main, as it is then
 
     @property
     def bytes(self) -> int:
@@ -131,6 +133,8 @@ _PIXART = {
 _SIGMA_PARAMETERS = 610_856_096
 _MICRO_PARAMETERS = 493_056  # of the embedders of size and aspect ratio
 _CONTROL_PARAMETERS = 294_917_760
+T5_XXL = 4_762_310_656  # the encoder of T5 v1.1 XXL, which all PixArt models read prompts with
+VAE = 83_653_863  # Stable Diffusion's autoencoder, which all of these models decode with
 
 
 def _pixart(size: int, *, scale: float, micro: bool = False, **more: Any) -> Mapping[str, Any]:
@@ -160,6 +164,7 @@ XL_1024 = Checkpoint(
     network="PixArtTransformer2DModel",
     config=_pixart(1024, scale=2),
     parameters=_SIGMA_PARAMETERS,
+    beside=T5_XXL + VAE,
 )
 
 
@@ -219,6 +224,7 @@ LCM_LORA = replace(
     network="",
     config={},
     parameters=0,
+    beside=0,
 )
 DMD_512 = replace(
     LCM_1024,
@@ -244,6 +250,7 @@ CONTROL_1024 = replace(
     config={key: _PIXART[key] for key in ("num_attention_heads", "attention_head_dim", "cross_attention_dim")}
     | {"num_layers": 13},
     parameters=_CONTROL_PARAMETERS,
+    beside=_SIGMA_PARAMETERS + T5_XXL + VAE,
 )
 HED = replace(
     LCM_LORA,
@@ -281,6 +288,7 @@ def _dit(size: int) -> Checkpoint:
             "num_embeds_ada_norm": 1000,
         },
         parameters=674_834_720,
+        beside=VAE,
     )
 
 

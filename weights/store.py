@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ def find(key: str) -> Path | None:
 
     Where the folder has to be put together first, `prepare` makes it. KeyError for an unknown key.
     """
+    if key not in registry.CHECKPOINTS:
+        from weights import added
+
+        return added.place(added.row(key))
     row = registry.CHECKPOINTS[key]
     own = _own(row)
     if own is None or row.folder or row.pipeline not in PARTS or _whole(own, row):
@@ -58,12 +62,21 @@ def find(key: str) -> Path | None:
 
 def prepare(key: str) -> Path:
     """The folder that `find` names, put together if it was not yet. Raises CorruptWeights, OSError."""
+    if key not in registry.CHECKPOINTS:
+        from weights import added
+
+        return added.prepare(added.row(key))
     row, folder = registry.CHECKPOINTS[key], find(key)
     assert folder is not None, f"{key} is not here: ask `find` first"
     if folder == _own(row) and (row.folder or row.pipeline not in PARTS or _whole(folder, row)):
         return folder
     plan = _plan(row)
-    folder = _assembled(row, plan)
+    return assemble(_assembled(row, plan), plan)
+
+
+def assemble(folder: Path, plan: Mapping[str, Path | str]) -> Path:
+    """Make the folder of links to files and of written texts that a plan names, unless it is there. Raises
+    OSError."""
     if folder.is_dir():
         return folder
     building = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -85,14 +98,60 @@ def prepare(key: str) -> Path:
 
 def lacking(key: str) -> list[str]:
     """The parts of a published checkpoint that are not on this machine; all of them when nothing is."""
+    if key not in registry.CHECKPOINTS:
+        from weights import added
+
+        return added.lacking(added.row(key))
     row = registry.CHECKPOINTS[key]
     own = _own(row)
     if row.folder or row.pipeline not in PARTS:
         return [] if own else [key]
     if own is not None and _whole(own, row):
         return []
-    found = _sources(row)
+    found = sources(row)
     return [name for name in PARTS[row.pipeline] if name not in found and name != "scheduler"]
+
+
+def checkpoint(key: str) -> registry.Checkpoint:
+    """The facts of a checkpoint of the registry, or of one that was added. KeyError for an unknown key."""
+    if key in registry.CHECKPOINTS:
+        return registry.CHECKPOINTS[key]
+    from weights import added
+
+    return added.row(key).checkpoint
+
+
+def files(key: str) -> dict[str, Path]:
+    """Name inside the folder -> the file it is read from, of a checkpoint that is on this machine, also where
+    `prepare` has not put it together yet. Links are not followed. Raises CorruptWeights."""
+    folder = find(key)
+    if folder is None:
+        return {}
+    if key not in registry.CHECKPOINTS:
+        from weights import added
+
+        plan = added._plan(added.row(key))
+    elif folder == _own(registry.CHECKPOINTS[key]):
+        return {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    else:
+        plan = _plan(registry.CHECKPOINTS[key])
+    return {name: source for name, source in plan.items() if isinstance(source, Path)}
+
+
+def sound_parts(row: registry.Checkpoint) -> dict[str, Path]:
+    """Part -> the folder it is taken from, for those that are on this machine and whole in structure."""
+    found = sources(row) if row.pipeline in PARTS else {}
+    return {name: folder for name, folder in found.items() if _sound(folder)}
+
+
+def _sound(folder: Path) -> bool:
+    try:
+        _verify_component(folder)
+        for path in _files(folder, ".safetensors"):
+            read_header(path)
+    except CorruptWeights:
+        return False
+    return True
 
 
 def _own(row: registry.Checkpoint) -> Path | None:
@@ -106,17 +165,45 @@ def _own(row: registry.Checkpoint) -> Path | None:
     return snapshot(row.repo_id) if row.repo_id else None
 
 
+def hub_cache() -> Path:
+    """The Hugging Face cache, by the variables that huggingface_hub reads. Not created here."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = os.environ.get("HF_HOME") or f"{base}/huggingface"
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{cache}/hub"
+    return Path(os.path.expandvars(hub)).expanduser().absolute()
+
+
+def repository(repo_id: str) -> Path:
+    """Where the cache keeps a repository: refs, blobs and snapshots. There or not."""
+    return hub_cache() / f"models--{repo_id.replace('/', '--')}"
+
+
+def record_path(repo_id: str) -> Path:
+    """The file in which `gen pull` keeps what it took of a repository: revision, files, their sums."""
+    return home() / "pulled" / f"{repo_id.replace('/', '--')}.json"
+
+
+def record(repo_id: str) -> dict[str, Any]:
+    """What `gen pull` took of a repository; empty when it took nothing, or when the record cannot be read."""
+    try:
+        return _json(record_path(repo_id))
+    except CorruptWeights:
+        return {}
+
+
 def snapshot(repo_id: str) -> Path | None:
-    """The folder that refs/main of the Hugging Face cache names for this repository, whole or not.
+    """The folder of this repository in the Hugging Face cache, whole or not: of the revision that `gen pull`
+    recorded, else of the one that refs/main names.
 
     Done by hand because importing huggingface_hub takes longer than the whole of `gen list`. Layout:
     hub/models--<org>--<name>/{refs/main, snapshots/<commit>/...}.
     """
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or cache / "hub")
-    repo = hub.expanduser() / f"models--{repo_id.replace('/', '--')}"
+    snapshots = repository(repo_id) / "snapshots"
+    pinned = str(record(repo_id).get("revision") or "")
+    if pinned and (snapshots / pinned).is_dir():
+        return snapshots / pinned
     try:
-        folder = repo / "snapshots" / (repo / "refs" / "main").read_text().strip()
+        folder = snapshots / (snapshots.parent / "refs" / "main").read_text().strip()
     except OSError:
         return None
     return folder if folder.is_dir() else None
@@ -145,7 +232,7 @@ SCHEDULERS = {
     "one-step": {**_LINEAR, "_class_name": "DDPMScheduler", "timestep": 400, "clip_sample": False},
 }
 # What a part must hold, so that half a download is not taken for one.
-_MARKS = {**CONFIGS, "transformer": "config.json", "text_encoder": "config.json", "vae": "config.json"}
+MARKS = {**CONFIGS, "transformer": "config.json", "text_encoder": "config.json", "vae": "config.json"}
 
 
 def _whole(folder: Path, row: registry.Checkpoint) -> bool:
@@ -178,19 +265,19 @@ def _mended(folder: Path, row: registry.Checkpoint) -> dict[str, str]:
     return files
 
 
-def _sources(row: registry.Checkpoint) -> dict[str, Path]:
+def sources(row: registry.Checkpoint) -> dict[str, Path]:
     """Part -> the folder it is taken from: the checkpoint's own, else that of the first companion with it."""
     own = _own(row)
     shared = {name for name in PARTS[row.pipeline] if name != "transformer"}
     if row.walk:
         shared.discard("scheduler")  # a companion's walk is not the one this was distilled for
     places = [(own, set(PARTS[row.pipeline])), *((_companion(repo), shared) for repo in row.companions)]
-    sources: dict[str, Path] = {}
+    found: dict[str, Path] = {}
     for place, names in places:
         for name in names:
-            if place is not None and (place / name / _MARKS[name]).is_file():
-                sources.setdefault(name, place / name)
-    return sources
+            if place is not None and (place / name / MARKS[name]).is_file():
+                found.setdefault(name, place / name)
+    return found
 
 
 def _companion(repo_id: str) -> Path | None:
@@ -202,19 +289,27 @@ def _companion(repo_id: str) -> Path | None:
 
 def _plan(row: registry.Checkpoint) -> dict[str, Path | str]:
     """File of the assembled folder -> the file it is a link to, or its content. Raises CorruptWeights."""
-    own, sources = _own(row), _sources(row)
+    own = _own(row)
     assert own is not None
-    sources |= {name: own / name for name in MORE if (own / name).is_dir()}
+    parts = sources(row) | {name: own / name for name in MORE if (own / name).is_dir()}
+    return joined(row, parts, _mended(own, row))
+
+
+def joined(
+    row: registry.Checkpoint, parts: Mapping[str, Path], written: Mapping[str, Path | str]
+) -> dict[str, Path | str]:
+    """A plan of all files of these parts, of others that are `written` instead, and of what is still lacking:
+    the walk's scheduler, and the index."""
     plan: dict[str, Path | str] = {
         f"{name}/{path.relative_to(folder).as_posix()}": path
-        for name, folder in sources.items()
+        for name, folder in parts.items()
         for path in _files(folder)
     }
-    plan |= _mended(own, row)
+    plan |= written
     plan.setdefault("scheduler/scheduler_config.json", json.dumps(SCHEDULERS[row.walk], indent=2))
     index: dict[str, Any] = {"_class_name": row.pipeline}
     for name in PARTS[row.pipeline]:
-        index[name] = [LIBRARIES.get(name, "diffusers"), _class_of(name, plan[f"{name}/{_MARKS[name]}"])]
+        index[name] = [LIBRARIES.get(name, "diffusers"), _class_of(name, plan[f"{name}/{MARKS[name]}"])]
     plan["model_index.json"] = json.dumps(index, indent=2) + "\n"
     return plan
 
@@ -285,7 +380,7 @@ def verify_adapter(path: Path) -> None:
 
 
 def _verify_sums(folder: Path) -> None:
-    for name, expected in _sums(folder).items():
+    for name, expected in sums(folder).items():
         path = folder / name
         if not path.is_file():
             raise CorruptWeights(f"{path}: this file is missing")
@@ -294,20 +389,20 @@ def _verify_sums(folder: Path) -> None:
                 raise CorruptWeights(f"{path}: its SHA-256 is not the one in {SUMS}")
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def sums(folder: Path) -> dict[str, str]:
     """File name -> SHA-256 from the folder's SHA256SUMS (lines as `sha256sum` writes them); empty without
     one."""
     path = folder / SUMS
     if not path.is_file():
         return {}
-    sums = {}
+    found = {}
     for line in path.read_text().splitlines():
         digest, _, name = line.strip().partition(" ")
         name = name.strip().removeprefix("*").removeprefix("./")
         if len(digest) != 64 or not name or name.startswith("/") or ".." in Path(name).parts:
             raise CorruptWeights(f"{path}: a line of it is not 'sha256  file'")
-        sums[name] = digest.lower()
-    return sums
+        found[name] = digest.lower()
+    return found
 
 
 def write_sums(folder: Path) -> None:
@@ -395,12 +490,12 @@ def size_on_disk(folder: Path) -> int:
 
 def parameters(folder: Path) -> int:
     """Numbers in all safetensors files, from their headers. Raises CorruptWeights."""
-    return sum(
-        _count(entry["shape"])
-        for path in _files(folder, ".safetensors")
-        for name, entry in read_header(path).items()
-        if name != "__metadata__"
-    )
+    return sum(numbers(path) for path in _files(folder, ".safetensors"))
+
+
+def numbers(path: Path) -> int:
+    """Numbers in one safetensors file, from its header. Raises CorruptWeights."""
+    return sum(_count(entry["shape"]) for name, entry in read_header(path).items() if name != "__metadata__")
 
 
 def fingerprint(folder: Path) -> str:
@@ -410,12 +505,12 @@ def fingerprint(folder: Path) -> str:
     that two trainings of the same network differ.
     """
     digest = hashlib.sha256()
-    sums = _sums(folder)
+    listed = sums(folder)
     for path in _files(folder, ".safetensors"):
         name = path.relative_to(folder).as_posix()
         digest.update(name.encode())
-        if name in sums:
-            digest.update(sums[name].encode())
+        if name in listed:
+            digest.update(listed[name].encode())
             continue
         size = path.stat().st_size
         digest.update(str(size).encode())

@@ -165,7 +165,7 @@ def test_a_missing_companion_is_named_with_the_way_to_get_it(hub, tiny_toy_folde
     with pytest.raises(GenError, match="without their tokenizer, text_encoder and vae") as caught:
         catalog.choose(catalog.MODELS["pixart-sigma"], "512")
     assert caught.value.code == "not_installed"
-    assert f"hf download {SHARED}" in caught.value.hint
+    assert "gen pull pixart-sigma:512" in caught.value.hint
 
 
 def test_companions_may_lie_beside_the_weights(hub, tiny_toy_folder, tmp_path, monkeypatch):
