@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from gen import library, pictures, point_inputs
+from gen import adapters, library, pictures, point_inputs
 from gen.request import Input, class_name
 
 
@@ -89,6 +89,67 @@ def _image(of: Input, value: Any) -> dict[str, Any]:
     }
 
 
+def painted(self: gr.ImageEditor, payload: Any) -> bytes | None:
+    """The layer on which was painted, as a PNG whose paint is the mask; None while it is clear."""
+    if payload is None:
+        return None
+    if payload.id is None:  # files as they came, which Gradio has made sure to lie in its folder of uploads
+        layers = [Path(layer.path).read_bytes() for layer in payload.layers]
+    else:  # or what the browser sent after the last stroke
+        sent = self.blob_storage.pop(payload.id, None)
+        layers = [layer for layer in (sent.layers if sent else []) if layer]
+    return next((layer for layer in layers if pictures.is_painted(layer)), None)
+
+
+# gr.ImageEditor, but `gen.pictures` is the one that looks into what was painted. Made as Upload is.
+Painter = ABCMeta.__new__(
+    type(gr.ImageEditor),
+    "Painter",
+    (gr.ImageEditor,),
+    {"preprocess": painted, "is_template": True, "__module__": __name__, "__doc__": "Painting a mask."},
+)
+
+
+def _mask(of: Input, value: Any) -> dict[str, Any]:
+    """There is nothing to paint on until a picture is chosen: `on_picture` shows it."""
+    return {
+        "value": None,
+        "visible": False,
+        "format": "png",
+        "sources": (),
+        "transforms": (),
+        "layers": gr.LayerOptions(allow_additional_layers=False),
+        "brush": gr.Brush(default_size=BRUSH, colors=["#ffffff"], color_mode="fixed"),
+        "height": 420,
+        "buttons": [],
+    }
+
+
+def on_picture(image: dict[str, str] | None, mask: dict[str, str] | None = None) -> dict[str, Any]:
+    """The Gradio update that shows a kept picture to paint on, and on it a kept mask; None: neither."""
+    if image is None:  # a new value would be drawn by a canvas that is about to go
+        return gr.update(visible=False)
+    picture = pictures.read(image)
+    scale = PAINTED_AT / max(picture.size)
+    picture = picture.resize((round(picture.width * scale) or 1, round(picture.height * scale) or 1))
+    layers = []
+    if mask is not None:
+        paint = pictures.read(mask).resize(picture.size)
+        layer = paint.convert("RGBA")
+        layer.putalpha(paint)
+        layers = [layer]
+    return gr.update(value={"background": picture, "layers": layers, "composite": picture}, visible=True)
+
+
+PAINTED_AT = 768  # pixels of the longer side; what is painted is brought to the picture's own size
+BRUSH = 32  # pixels of those
+
+
+def _sides(of: Input, value: Any) -> dict[str, Any]:
+    words = {"placeholder": "none", "info": sentence(of.help)}
+    return {"value": value or "", "max_lines": 1, **words}
+
+
 def _points(of: Input, value: Any) -> dict[str, Any]:
     shown = str(_named_copy(value)) if isinstance(value, dict) else None
     return {"value": shown, "height": 120, "type": "filepath"}
@@ -103,12 +164,37 @@ def _named_copy(reference: dict[str, str]) -> Path:
     return place
 
 
+def listed(self: gr.Dropdown, payload: Any) -> list[str] | None:
+    """Names of adapters, each alone or as NAME=SCALE. Whoever sees the page may name those that are offered,
+    and no path."""
+    offered = {*adapters.names(), *(str(value) for _, value in self.choices)}  # some may have come meanwhile
+    for one in payload or ():
+        if str(one) not in offered and str(one).rpartition("=")[0].strip() not in offered:
+            raise gr.Error(
+                f"There is no LoRA {str(one)[:60]!r} here. Choose from the list, or write NAME=SCALE.",
+                title="That does not work",
+            )
+    return payload or None
+
+
+# gr.Dropdown, into which a scale can be typed. Made as Upload is.
+Adapters = ABCMeta.__new__(
+    type(gr.Dropdown),
+    "Adapters",
+    (gr.Dropdown,),
+    {"preprocess": listed, "is_template": True, "__module__": __name__, "__doc__": "Adapters by name."},
+)
+
+
 def _lora(of: Input, value: Any) -> dict[str, Any]:
+    chosen = [value] if isinstance(value, str) else [*(value or ())]
     names = [*(of.choices or ())]
-    names += [value] if value and value not in names else []
+    names += [one for one in chosen if one not in names]  # as in a recipe
     return {
-        "value": value or "",
-        "choices": [("none", ""), *((name, name) for name in names)],
+        "value": chosen,
+        "choices": [(name, name) for name in names],
+        "multiselect": True,
+        "allow_custom_value": True,
         "info": sentence(of.help),
     }
 
@@ -122,8 +208,10 @@ CONTROLS: dict[str, Control] = {
     "label": Control(gr.Dropdown, _label),  # typing searches it
     "seed": Control(gr.Textbox, _seed),
     "image": Control(Upload, _image),
+    "mask": Control(Painter, _mask),
+    "sides": Control(gr.Textbox, _sides),
     "points": Control(gr.File, _points),
-    "lora": Control(gr.Dropdown, _lora),
+    "lora": Control(Adapters, _lora),
 }
 EMPTY = Control(gr.Number, _number)  # of numbers that may be left out: a slider always has a value
 

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 
 from app import controls, look, views
-from gen import jobs, library, pictures
+from gen import image_inputs, jobs, library, pictures
 from gen.catalog import MODELS, Model, choose, find, installed
 from gen.errors import GenError
 from gen.outputs import OUTPUTS
@@ -63,10 +63,14 @@ class Form:
     widgets: tuple[gr.components.Component, ...]
     edges: gr.HTML | None = None  # what steers the drawing, for rows with a control image
 
+    @property
+    def names(self) -> list[str]:
+        """Of the inputs."""
+        return [one.name for one in self.row.inputs]
+
     def widget(self, name: str) -> gr.components.Component:
         """The widget of the input with this name."""
-        names = [one.name for one in self.row.inputs]
-        return self.widgets[names.index(name)]
+        return self.widgets[self.names.index(name)]
 
 
 class Page:
@@ -120,7 +124,7 @@ class Page:
             for line in in_lines(some):
                 if len(line) == 1:
                     made[line[0].name] = controls.widget(line[0], row.name)
-                    if line[0].kind == "image":
+                    if line[0].name == "control_image":
                         nonlocal edges
                         edges = gr.HTML(visible=False, apply_default_css=False)
                     continue
@@ -216,6 +220,17 @@ class Page:
                     trigger_mode="always_last",
                     **quiet,
                 )
+            if "mask" in shape.names:
+                shown = [shape.widget(name) for name in ("image", "mask", "width", "height")]
+                shown[0].upload(
+                    self.show_picture,
+                    [self.model, shown[0]],
+                    [*shown[1:], self.message],
+                    trigger_mode="always_last",
+                    **quiet,
+                )
+                # Not more than that: a recipe that is put back changes the picture as well, and has its mask
+                shown[0].change(self.leave_picture, shown[0], shown[1], **quiet)
         self.more.click(self.look_further, [self.search, self.length], past, **quiet)
 
     def arrive(self) -> Iterator[Updates]:
@@ -231,8 +246,12 @@ class Page:
         filled = dict(zip(self.widgets, values, strict=True))
         try:
             row, _ = find(reference)
-            widgets = zip(row.inputs, self.forms[row.name].widgets, strict=True)
-            job = jobs.submit(Request.build(reference, {one.name: filled[widget] for one, widget in widgets}))
+            form = self.forms[row.name]
+            job = jobs.submit(
+                Request.build(
+                    reference, with_mask({name: filled[form.widget(name)] for name in form.names}, row)
+                )
+            )
         except GenError as error:
             yield self.refused(error)
             return
@@ -311,6 +330,24 @@ class Page:
                 updates[widget] = controls.change(one)
         return updates
 
+    def show_picture(self, reference: str, image: Any) -> Updates:
+        """A picture was chosen to start from: it is painted on, and its size is the one to draw."""
+        row, tag = exactly(reference)
+        form = self.forms[row.name]
+        mask = form.widget("mask")
+        inputs = {one.name: one for one in row.inputs_for(tag)}
+        try:
+            kept = inputs["image"].check(image)
+            sides = image_inputs.fitted(kept, inputs)
+        except GenError as error:
+            return {mask: controls.on_picture(None), **self.refused(error)}
+        sized = {form.widget(name): value for name, value in sides.items()}
+        return {mask: controls.on_picture(kept), self.message: gr.update(visible=False), **sized}
+
+    def leave_picture(self, image: Any) -> Any:
+        """Without a picture there is nothing to paint on."""
+        return controls.on_picture(None) if image is None else gr.skip()
+
     def preview_edges(self, reference: str, image: Any, kind: str, width: int, height: int) -> Any:
         """The edges that a control image would steer the drawing with, found without the model."""
         if image is None:
@@ -348,6 +385,9 @@ class Page:
             }
             for one, widget in zip(row.inputs_for(tag), self.forms[row.name].widgets, strict=True):
                 updates[widget] = controls.change(one, values[one.name])
+            if "mask" in values:
+                painter = self.forms[row.name].widget("mask")
+                updates[painter] = controls.on_picture(values["image"], values["mask"])
         except GenError as error:
             return self.refused(error)
         return updates
@@ -389,6 +429,17 @@ def best(row: Model) -> str:
     return [*installed(row), [*row.weights][-1]][0]
 
 
+def with_mask(values: dict[str, Any], row: Model) -> dict[str, Any]:
+    """What a form holds, what was painted brought to the size of the picture. Raises bad_input."""
+    if values.get("mask") is None:
+        return values
+    if values.get("image") is None:  # paint on a picture that was taken away, and is no longer seen
+        return values | {"mask": None}
+    labels = {one.name: one.label for one in row.inputs}
+    image = pictures.keep(values["image"], labels["image"])
+    return values | {"image": image, "mask": pictures.painted_on(values["mask"], image)}
+
+
 def noun(job: str) -> str:
     """What a job makes, in a word."""
     request = next((one.request for one in jobs.list() if one.id == job), None)
@@ -420,13 +471,14 @@ def choices() -> list[tuple[str, str]]:
     return here + missing
 
 
+ALONE = {"text", "seed", "label", "image", "mask", "sides", "points"}  # kinds with a line of their own
+
+
 def in_lines(inputs: Iterable[Input]) -> Iterator[list[Input]]:
     """Lines of the form: what is typed has one to itself, sliders and choices stand two by two."""
     line: list[Input] = []
     for one in inputs:
-        if line and (
-            len(line) == 2 or {one.kind, line[0].kind} & {"text", "seed", "label", "image", "points"}
-        ):
+        if line and (len(line) == 2 or {one.kind, line[0].kind} & ALONE):
             yield line
             line = []
         line.append(one)

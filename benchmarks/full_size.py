@@ -78,13 +78,14 @@ def draw(folder: Path, steps: int, dtype: str, wish: str) -> None:
     """Read and draw, and print what it took."""
     import torch
 
+    from gen.loader import offloads
     from gen.memory import plan
     from pipelines.pixart_sigma import PixArtSigmaPipeline
 
     rows = {"imports": gib(memory("VmHWM"))}
     began = time.perf_counter()
     pipeline = PixArtSigmaPipeline.from_pretrained(
-        folder, torch_dtype=getattr(torch, dtype), stream_text_encoder=wish == "least"
+        folder, torch_dtype=getattr(torch, dtype), offload=offloads(folder, "cpu", dtype, wish)
     ).prepare()
     loaded = time.perf_counter()
     side = pipeline.native_size
@@ -127,7 +128,8 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, default=256, choices=[256, 512, 1024], help="pixels")
     parser.add_argument("--text-layers", type=int, default=1, help="of T5; the published one has 24")
-    parser.add_argument("--memory", nargs="+", default=["auto"], choices=["auto", "least"], help="of gen run")
+    wishes = ["auto", "least", "sequential"]
+    parser.add_argument("--memory", nargs="+", default=["auto"], choices=wishes, help="of gen run")
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)  # the second process
     chosen = parser.parse_args()
     if chosen.steps < 2:

@@ -51,8 +51,9 @@ def prepare(output: Path | None, results: int, room: int, of: Output = PICTURE) 
                 "Give a folder as the output.",
                 "bad_input",
             )
-        if output.exists():
-            raise _exists(output)
+        for beside in (output, *(output.with_suffix(of.endings[kind]) for kind in of.always)):
+            if beside.exists():
+                raise _exists(beside)
     elif folder.suffix.lower() in OTHER_FORMATS and not folder.is_dir():
         also = [kind.upper() for kind in of.always[1:]]
         beside = f", with {' and '.join(also)} beside it" if also else ""

@@ -1,8 +1,9 @@
 """`gen bench`: our speed beside diffusers', measured in turns in one process, with a word about quality.
 
 A case says what is drawn, a side who draws it and how. Here are the tables, the rounds and the arithmetic;
-what needs torch is in gen.bench_sides, and gen.bench_report writes the document. A ratio is taken within a
-round, where both sides met the same machine, and the median and the least of all rounds are told.
+what needs torch is in gen.bench_subjects and gen.bench_sides, and gen.bench_report writes the document. A
+ratio is taken within a round, where both sides met the same machine, and the median and the least of all
+rounds are told.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ class Case:
     name: str
     summary: str
     unit: str  # what one measurement is
-    subject: str = ""  # key of bench_sides.SUBJECTS; empty: fresh processes
+    subject: str = ""  # key of bench_subjects.SUBJECTS; empty: fresh processes
     config: Mapping[str, Any] = field(default_factory=dict)  # of the network
     size: int = 0  # pixels
     takes: frozenset[str] = frozenset()  # options, of Options, that mean something to it
     pictures: bool = False  # whole pictures are compared, not predictions
+    guided: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class Options:
     device: str = "auto"
     threads: int | None = None
     attention: bool = False  # time the attention functions too
+    batch: int | None = None  # pictures at once
 
 
 @dataclass(kw_only=True)
@@ -98,15 +101,16 @@ def _table(*rows: Any) -> dict[str, Any]:
     return {row.name: row for row in rows}
 
 
-NETWORK = frozenset({"size", "layers", "sides"})
+NETWORK = frozenset({"size", "layers", "sides", "batch"})
 
 
-def _network(name: str, subject: str, words: str, takes: frozenset[str]) -> Case:
+def _network(name: str, subject: str, words: str, takes: frozenset[str], guided: bool = True) -> Case:
     facts = registry.CHECKPOINTS[name]
     return Case(
         name=name,
         summary=f"{words} parameters, random weights",
-        unit="guided step",
+        unit="guided step" if guided else "step",
+        guided=guided,
         subject=subject,
         config=facts.config,
         size=facts.native_size,
@@ -128,7 +132,15 @@ CASES: dict[str, Case] = _table(
         _network(f"pixart-sigma-xl-{size}", "pixart", "PixArt-Sigma XL/2, 611 M", NETWORK | {"tokens"})
         for size in (256, 512, 1024)
     ),
-    _network("dit-xl-256", "dit", "DiT-XL/2, 675 M", NETWORK),
+    _network(
+        "pixart-delta-xl-1024",
+        "pixart",
+        "PixArt-delta XL/2, 611 M",
+        NETWORK | {"tokens"},
+        guided=False,  # distilled: four such steps are a picture
+    ),
+    # One size alone: its table of positions is that of its training
+    _network("dit-xl-256", "dit", "DiT-XL/2, 675 M", NETWORK - {"size"}),
     Case(
         name="cold",
         summary="a first picture from a fresh process, embedded PixArt-Sigma, 20 steps",
@@ -234,7 +246,7 @@ def named(name: str) -> Case:
 
 def check(cases: Sequence[Case], options: Options) -> None:
     """Refuse what no case could do with these options, before any work. Raises bad_input, not_installed."""
-    for name in ("size", "tokens", "layers", "sides"):
+    for name in ("size", "tokens", "layers", "sides", "batch"):
         if getattr(options, name) is not None and not any(name in case.takes for case in cases):
             takers = ", ".join(case.name for case in CASES.values() if name in case.takes)
             names = ", ".join(case.name for case in cases)

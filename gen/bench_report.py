@@ -55,7 +55,12 @@ def markdown(data: Mapping[str, Any]) -> str:
 def _case_markdown(case: Mapping[str, Any]) -> list[str]:
     facts = [
         f"{case[name]} {words}"
-        for name, words in (("layers", "blocks"), ("size", "px"), ("tokens", "tokens"))
+        for name, words in (
+            ("layers", "blocks"),
+            ("size", "px"),
+            ("tokens", "tokens"),
+            ("batch", "at a time"),
+        )
         if case.get(name)
     ]
     parts = [f"## {case['case']}" + (f": {', '.join(facts)}" if facts else "")]

@@ -7,14 +7,41 @@ Pipelines are named by string and imported only when the model runs, so that `ge
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gen import adapters, prompts
 from gen.errors import GenError, did_you_mean
 from gen.request import Input
-from weights import registry, store
+from weights import added, registry, store
+
+
+class Tags(Mapping[str, str]):
+    """Tag -> key of a model's weights, best first, with what `gen add` has added: that shows at once."""
+
+    def __init__(self, model: str, published: Mapping[str, str]) -> None:
+        self.model = model
+        self.published: Mapping[str, str] = published
+
+    def all(self) -> dict[str, str]:
+        """Raises corrupt_weights for a damaged table."""
+        try:
+            return added.tags(self.model, self.published)
+        except store.CorruptWeights as error:
+            message = f"The table of added weights is damaged: {error}."
+            hint = "Move it away, and add the weights again: gen add PATH"
+            raise GenError(message, hint, "corrupt_weights") from error
+
+    def __getitem__(self, tag: str) -> str:
+        return self.published[tag] if tag in self.published else self.all()[tag]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.all())
+
+    def __len__(self) -> int:
+        return len(self.all())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +51,14 @@ class Model:
     name: str  # what people type
     summary: str  # one line for `gen list`, the page and the API
     pipeline: str  # "module:Class"
-    weights: Mapping[str, str]  # tag -> key of weights.registry, best first
+    weights: Mapping[str, str]  # tag -> key of weights.registry, best first; becomes Tags
     makes: str  # a key of gen.outputs.OUTPUTS
     inputs: tuple[Input, ...]  # in the order of the form
     savers: bool = False  # whether its pipeline can leave work out: see pipelines.step_savers
+
+    def __post_init__(self) -> None:
+        published = self.weights.published if isinstance(self.weights, Tags) else self.weights
+        object.__setattr__(self, "weights", Tags(self.name, published))
 
     @property
     def subject(self) -> str:
@@ -35,7 +66,7 @@ class Model:
         return next(one.name for one in self.inputs if one.required)
 
     def checkpoint(self, tag: str) -> registry.Checkpoint:
-        return registry.CHECKPOINTS[self.weights[tag]]
+        return store.checkpoint(self.weights[tag])
 
     def inputs_for(self, tag: str) -> tuple[Input, ...]:
         """`inputs` with the limits and defaults that depend on the weights filled in."""
@@ -51,11 +82,10 @@ class Model:
             folder = store.find(self.weights[tag])
             filled["label"] = {"choices": _classes(folder) if folder else ()}
         if any(one.kind == "lora" for one in self.inputs):
-            adapters = [row.key for row in registry.CHECKPOINTS.values() if row.adapts]
-            filled["lora"] = {"choices": tuple(key for key in adapters if store.find(key))}
+            filled["lora"] = {"choices": adapters.names()}
         return tuple(
             _walked(replace(one, **filled[one.kind]) if one.kind in filled else one, facts.walk)
-            for one in self.inputs
+            for one in map(_styled, self.inputs)
         )
 
 
@@ -73,6 +103,11 @@ def _walked(one: Input, walk: str) -> Input:
     return replace(one, by_walk={**one.by_walk, "default": one.by_walk[walk]})
 
 
+def _styled(one: Input) -> Input:
+    """With the styles that are on this machine."""
+    return replace(one, choices=prompts.style_names()) if one.name == "style" else one
+
+
 PROMPT = Input(
     name="prompt",
     kind="text",
@@ -88,6 +123,35 @@ NEGATIVE_PROMPT = Input(
     help="what to keep out of the picture",
     argument="negative_prompt",
     default="",
+)
+STYLE = Input(
+    name="style",
+    kind="choice",
+    label="Style",
+    help="words around the prompts, ours or those of GEN_HOME/styles.json; `gen prompts` lists them",
+    argument="",
+    default=prompts.NO_STYLE,
+    choices=(prompts.NO_STYLE, *prompts.STYLES),
+)
+LONG_PROMPT = Input(
+    name="long_prompt",
+    kind="choice",
+    label="Long prompt",
+    help="what is longer than the model reads: cut, or read in chunks, which no model was trained on",
+    argument="long_prompt",
+    default="cut",
+    choices=("cut", "chunks"),  # as in pipelines.prompts
+    advanced=True,
+)
+PROMPT_SYNTAX = Input(
+    name="prompt_syntax",
+    kind="choice",
+    label="Prompt syntax",
+    help="whether (words:1.3), [a|b], [a:b:0.5] and __wildcards__ mean something; off: they are text",
+    argument="prompt_syntax",
+    default="on",
+    choices=("on", "off"),
+    advanced=True,
 )
 WIDTH = Input(
     name="width", kind="size", label="Width", help="pixels, default the weights' own size", argument="width"
@@ -215,7 +279,7 @@ LORA = Input(
     name="lora",
     kind="lora",
     label="LoRA",
-    help="low-rank changes merged into the weights: a published one by its name, or a folder or file",
+    help="low-rank changes merged into the weights: NAME or NAME=SCALE, of `gen lora list`, or a path",
     argument="",
     advanced=True,
 )
@@ -223,7 +287,7 @@ LORA_SCALE = Input(
     name="lora_scale",
     kind="number",
     label="LoRA scale",
-    help="how much of the LoRA to add",
+    help="how much of the LoRA to add; of several, how much of all of them",
     argument="",
     default=1.0,
     minimum=0,
@@ -231,6 +295,134 @@ LORA_SCALE = Input(
     step=0.05,
     only_with="lora",
     advanced=True,
+)
+IMAGE = Input(
+    name="image",
+    kind="image",
+    label="Image",
+    help="a picture to start from; strength says how much of it is drawn anew",
+    argument="image",
+)
+STRENGTH = Input(
+    name="strength",
+    kind="number",
+    label="Strength",
+    help="how much to change the image: the part of the steps that is walked; 1 keeps nothing of it",
+    argument="strength",
+    default=0.6,
+    minimum=0,
+    maximum=1,
+    step=0.05,
+    only_with="image",
+)
+MASK = Input(
+    name="mask",
+    kind="mask",
+    label="Mask",
+    help="what to draw anew, in white on black and as large as the image; the rest stays as it is",
+    argument="mask_image",
+    only_with="image",
+)
+MASK_BLUR = Input(
+    name="mask_blur",
+    kind="integer",
+    label="Mask blur",
+    help="pixels over which the mask's edge is feathered, on either side of it",
+    argument="mask_blur",
+    default=4,
+    minimum=0,
+    maximum=256,
+    step=1,
+    only_with="image",
+    advanced=True,
+)
+MASK_PADDING = Input(
+    name="mask_padding",
+    kind="integer",
+    label="Mask padding",
+    help="pixels around the mask: only that part is drawn, at full size; left out, all of the image",
+    argument="padding_mask_crop",
+    minimum=0,
+    maximum=4096,
+    step=1,
+    only_with="image",
+    advanced=True,
+)
+OUTPAINT = Input(
+    name="outpaint",
+    kind="sides",
+    label="Outpaint",
+    help="pixels by which the image grows, such as left=64,right=64; what is new is drawn",
+    argument="outpaint",
+    only_with="image",
+    advanced=True,
+)
+HIRES = Input(
+    name="hires",
+    kind="number",
+    label="Hires",
+    help="enlarge what was drawn so many times, and refine it; left out, not at all",
+    argument="hires",
+    minimum=1,
+    maximum=4,
+    step=0.25,
+    advanced=True,
+)
+HIRES_STRENGTH = replace(
+    STRENGTH,
+    name="hires_strength",
+    label="Hires strength",
+    help="how much refining may change: the part of the steps that is walked; take less for tiles",
+    argument="hires_strength",
+    default=0.3,
+    only_with="hires",
+    advanced=True,
+)
+HIRES_STEPS = Input(
+    name="hires_steps",
+    kind="integer",
+    label="Hires steps",
+    help="steps of which refining walks its part; left out, as many as steps",
+    argument="hires_steps",
+    minimum=1,
+    maximum=1000,
+    step=1,
+    only_with="hires",
+    advanced=True,
+)
+HIRES_TILE = Input(
+    name="hires_tile",
+    kind="integer",
+    label="Hires tile",
+    help="pixels per side of overlapping tiles to refine in; left out, none up to twice the weights' size",
+    argument="hires_tile",
+    minimum=64,
+    maximum=4096,
+    step=16,
+    only_with="hires",
+    advanced=True,
+)
+HIRES_UPSCALE = Input(
+    name="hires_upscale",
+    kind="choice",
+    label="Hires upscale",
+    help="what is enlarged: the decoded pixels, or the latents, which need more strength",
+    argument="hires_upscale",
+    default="pixels",
+    choices=("pixels", "latents"),
+    only_with="hires",
+    advanced=True,
+)
+PICTURE_INPUTS = (IMAGE, STRENGTH, MASK)
+PICTURE_INPUTS_MORE = (
+    MASK_BLUR,
+    MASK_PADDING,
+    OUTPAINT,
+    HIRES,
+    HIRES_STRENGTH,
+    HIRES_STEPS,
+    HIRES_TILE,
+    HIRES_UPSCALE,
 )
 CLASS_LABEL = Input(
     name="class_label",
@@ -354,14 +546,21 @@ MODELS = index(
         inputs=(
             PROMPT,
             NEGATIVE_PROMPT,
+            STYLE,
             WIDTH,
             HEIGHT,
             STEPS,
             GUIDANCE,
+            *PICTURE_INPUTS,
             SEED,
             COUNT,
             SCHEDULER,
             NULL_CAPTION,
+            LONG_PROMPT,
+            PROMPT_SYNTAX,
+            LORA,
+            LORA_SCALE,
+            *PICTURE_INPUTS_MORE,
         ),
     ),
     Model(
@@ -383,19 +582,24 @@ MODELS = index(
             CONTROL_KIND,
             CONTROL_SCALE,
             replace(NEGATIVE_PROMPT, help="what to keep out of the picture; counts only with guidance"),
+            STYLE,
             WIDTH,
             HEIGHT,
             replace(STEPS, default=None, by_walk=DISTILLED_STEPS),
             replace(GUIDANCE, default=None, by_walk=DISTILLED_GUIDANCE),
+            *PICTURE_INPUTS,
             SEED,
             COUNT,
             replace(SCHEDULER, choices=(*(SCHEDULER.choices or ()), *filter(None, DISTILLED_STEPS))),
             NULL_CAPTION,
+            LONG_PROMPT,
+            PROMPT_SYNTAX,
             CONTROL_START,
             CONTROL_END,
             MICRO_RATIO,
             LORA,
             LORA_SCALE,
+            *PICTURE_INPUTS_MORE,
         ),
     ),
     Model(
@@ -413,6 +617,8 @@ MODELS = index(
             COUNT,
             replace(SCHEDULER, choices=(*(SCHEDULER.choices or ()), "learned-range")),
             GUIDANCE_CHANNELS,
+            LORA,
+            LORA_SCALE,
         ),
     ),
     Model(
@@ -475,7 +681,12 @@ def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]
             return candidate, row.checkpoint(candidate), folder
         except store.CorruptWeights as error:
             message = f"The weights {row.name}:{candidate} are damaged: {error}."
-            raise GenError(message, "Fetch them again.", "corrupt_weights") from error
+            again = f"If it is meant to be so: gen rm {row.name}:{candidate}, then gen add it again."
+            hint = again
+            if key in registry.CHECKPOINTS:
+                mend = f"Have damaged files pulled again: gen verify {row.name}:{candidate} --repair"
+                hint = mend if row.checkpoint(candidate).repo_id else "Fetch them again."
+            raise GenError(message, hint, "corrupt_weights") from error
         except OSError as error:
             from gen import library
 
@@ -487,18 +698,34 @@ def choose(row: Model, tag: str | None) -> tuple[str, registry.Checkpoint, Path]
             f"Train small ones (gen train {recipe}), or get published ones: gen show {row.name}",
             "not_installed",
         )
+    if row.weights[tag] not in registry.CHECKPOINTS:
+        raise _gone(added.row(row.weights[tag]))
     facts, parts = row.checkpoint(tag), store.lacking(row.weights[tag])
     own = f"The weights {row.name}:{tag} are not on this machine."
     if facts.repo_id and "transformer" not in parts:
         raise GenError(
             f"The weights {row.name}:{tag} are on this machine without their {_and(parts)}.",
             f"{facts.repo_id} holds the transformer alone; the rest comes from another repository. Get it: "
-            f"hf download {facts.companions[0]}",
+            f"gen pull {row.name}:{tag}",
             "not_installed",
         )
     raise GenError(
         own,
         f"Take installed ones (`gen list` marks them), or get these first: {_way(facts)}",
+        "not_installed",
+    )
+
+
+def _gone(one: added.Added) -> GenError:
+    """The error for added weights of which something is where it was no more."""
+    parts = added.lacking(one)
+    if "transformer" in parts:
+        back = f"Put it back, or forget it and add it anew: gen rm {one.reference}, gen add PATH"
+        return GenError(f"{one.path}, added as {one.reference}, is no longer there.", back, "not_installed")
+    home = one.companion or one.base
+    return GenError(
+        f"{one.reference} is a transformer alone, and its {_and(parts)} of {home} are no longer there.",
+        f"Get them again, or add it with others: gen rm {one.reference}, gen add {one.path} --with FOLDER",
         "not_installed",
     )
 
@@ -526,17 +753,21 @@ def _way(facts: registry.Checkpoint) -> str:
         )
     if not facts.repo_id:
         return f"gen train {facts.recipe}"
-    fetch = " ".join(("hf download", facts.repo_id, *facts.files))
+    names = {key: f"{row.name}:{tag}" for row in MODELS.values() for tag, key in row.weights.items()}
+    fetch = f"gen pull {names.get(facts.key, facts.key)}"
     if not facts.family:
         return fetch
-    return (
-        f"{fetch}, then gen convert FILE --as {facts.family} --output $GEN_WEIGHTS_DIR/{facts.key}, and for "
-        f"the other parts hf download {facts.companions[0]}"
-    )
+    return f"{fetch}, then gen convert FILE --as {facts.family} --output $GEN_WEIGHTS_DIR/{facts.key}"
 
 
 def _and(words: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def published(row: Model) -> Mapping[str, str]:
+    """Tag -> key of the weights that the registry knows, without what was added."""
+    assert isinstance(row.weights, Tags)
+    return row.weights.published
 
 
 def installed(row: Model) -> list[str]:

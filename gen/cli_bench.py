@@ -112,6 +112,11 @@ bench_command = click.Command(
             help=f"Lengths of the prompt (default: {','.join(map(str, bench.TOKENS))}).",
         ),
         click.Option(["--layers"], type=click.IntRange(1, 28), help="Fewer blocks than the network has."),
+        click.Option(
+            ["--batch"],
+            type=click.IntRange(1, 256),
+            help="Pictures at a time, where the case is a network alone; left out, one.",
+        ),
         click.Option(["--sides"], type=Words("NAME,NAME,..."), help="Which sides to run."),
         click.Option(
             ["--device"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -11,7 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gen import catalog, outputs, pictures, printing
+from gen import adapters, catalog, outputs, pictures, printing
 from gen.errors import GenError, cancelled
 from gen.progress import Progress, duration
 from gen.request import DEVICES, DTYPES, EXACT, MEMORY, QUANTIZE, Input, Request, Result, Settings
@@ -27,8 +28,10 @@ METAVARS = {
     "choice": "NAME",
     "label": "CLASS",
     "image": "FILE",
+    "mask": "FILE",
+    "sides": "SIDES",
     "points": "FILE",
-    "lora": "NAME|PATH",
+    "lora": "NAME[=X]",
 }
 FILE_LIMIT = 2**24  # bytes of prompts
 EXAMPLES = {  # by Model.makes and Model.subject
@@ -110,7 +113,8 @@ def options() -> list[click.Parameter]:
             "--memory",
             type=click.Choice(MEMORY),
             default=MEMORY[0],
-            help="least: the text encoder is read layer by layer; auto does so when it would not fit.",
+            help="least: the text encoder is read layer by layer, as auto does when it would not fit; "
+            "sequential: so are all networks; group: blocks of them wait outside of the GPU.",
         ),
         _option(
             "--quantize",
@@ -143,15 +147,29 @@ def options() -> list[click.Parameter]:
     ]
 
 
-def _option(*names: str, env: bool = True, **facts: Any) -> click.Option:
+def _option(
+    *names: str, env: bool = True, kind: type[click.Option] = click.Option, **facts: Any
+) -> click.Option:
     variable = "GEN_" + names[0].strip("-").replace("-", "_").upper()
-    return click.Option([*names], envvar=variable if env else None, **facts)
+    return kind([*names], envvar=variable if env else None, **facts)
+
+
+class _Names(click.Option):
+    """May be given again; in the environment a colon is between two, and gen.toml may have one or a list."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        return super().type_cast_value(ctx, (value,) if isinstance(value, str) else value)
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        text = self.resolve_envvar_value(ctx)
+        return text and tuple(text.split(os.pathsep))
 
 
 def _input_option(of: Mapping[str, Input]) -> click.Option:
     """One flag for an input that several models may have; where they differ, their help says so by name."""
     one = next(iter(of.values()))
     several = one.name in ("prompt", "seed")
+    again = several or one.kind == "lora"
     defaults = {model: other.default_words() for model, other in of.items()}
     default = ""
     if len(set(defaults.values())) > 1:
@@ -162,14 +180,15 @@ def _input_option(of: Mapping[str, Input]) -> click.Option:
         _choices(of) if one.kind == "choice" else one.limits() if one.kind not in ("size", "label") else "",
         default if one.kind != "size" and one.default != "default" else "",
         f"for {', '.join(of)}" if len(of) < len(catalog.MODELS) and not several else "",
-        "may be given several times" if several else "",
+        "may be given several times" if again else "",
     ]
     remarks = "; ".join(fact for fact in facts if fact)
     return _option(
         f"--{one.name.replace('_', '-')}",
         env=not several,
         type=click.STRING,
-        multiple=several,
+        multiple=again,
+        kind=_Names if one.kind == "lora" else click.Option,
         metavar=METAVARS[one.kind],
         help=one.help[0].upper() + one.help[1:] + (f" ({remarks})." if remarks else "."),
     )
@@ -359,23 +378,10 @@ def _differences(recipe: Mapping[str, Any], request: Request) -> list[str]:
     changed = [
         f"{name} {old[name]}, now {new[name]}" for name in new if old.get(name, new[name]) != new[name]
     ]
-    if "lora_fingerprint" in recipe["weights"]:
-        found += _other_lora(recipe, request)
+    found += adapters.changed(recipe["weights"], request.inputs)
     if changed:
         found.append(f"versions have changed since ({'; '.join(changed)}): pixels may differ slightly")
     return found
-
-
-def _other_lora(recipe: Mapping[str, Any], request: Request) -> list[str]:
-    from gen import loader
-    from weights import store
-
-    lora = request.inputs.get("lora")
-    now = store.fingerprint(loader.adapter(lora).parent) if lora else "none"
-    then = recipe["weights"]["lora_fingerprint"]
-    return (
-        [f"the LoRA is not that of then ({then}, now {now}): expect another picture"] if now != then else []
-    )
 
 
 # --- drawing ----------------------------------------------------------------------------------------
@@ -433,7 +439,7 @@ def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> N
         given = [(name, value) for name, value in request.inputs.items() if value is not None]
         facts = {
             "model": f"{request.model}:{request.weights}" + (" (TOY weights)" if plan["toy"] else ""),
-            **{name: pictures.words(value) if isinstance(value, dict) else value for name, value in given},
+            **{name: _words(value) for name, value in given},
             "seed": request.seed,
             "count": request.count,
             "output": plan["output"],
@@ -441,6 +447,13 @@ def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> N
             "time": "not known before the first picture" if seconds is None else f"about {duration(seconds)}",
         }
         printing.line("\n".join(f"{name:<16} {value}" for name, value in facts.items()))
+
+
+def _words(value: Any) -> Any:
+    """A value of a request as a line of text."""
+    if isinstance(value, dict):
+        return pictures.words(value)
+    return ", ".join(value) if isinstance(value, list) else value
 
 
 def _memory_words(plan: Mapping[str, Any]) -> str:
@@ -454,7 +467,7 @@ def _memory_words(plan: Mapping[str, Any]) -> str:
         f"({plan['parameters'] / 1e6:,.1f} M numbers)"
     )
     for part, count in expected["streamed_bytes"].items():
-        words += f"; {part} ({mib(count)}) is read layer by layer"
+        words += f"; {part} ({mib(count)}) is brought when it is called"
     if plan["peak_bytes"]:
         words += f"; {mib(plan['peak_bytes'])} when last drawn"
     return words if expected["fits"] else f"{words}: it may NOT FIT"
@@ -470,16 +483,7 @@ def _plan(request: Request, settings: Settings) -> dict[str, Any]:
         parameters = store.parameters(folder)
     of = outputs.OUTPUTS[catalog.MODELS[request.model].makes]
     device, dtype = loader.choose_device(settings, parameters)
-    native = facts.native_size if of.sized else None
-    expected = memory.plan(
-        folder,
-        device,
-        dtype,
-        height=request.inputs.get("height", native) or native,
-        width=request.inputs.get("width", native) or native,
-        rows=1 if request.inputs.get("guidance", 1) <= 1 else 2,
-        wish=settings.memory,
-    )
+    expected = memory.of_request(request, facts, folder, device, dtype, settings.memory)
     past = library.typical(request.model, tag, request.inputs, facts.native_size if of.sized else None)
     return {
         "request": request.to_json(),

@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gen import catalog, cli_bench, cli_run, outputs, printing
+from gen import (
+    catalog,
+    cli_add,
+    cli_bench,
+    cli_grid,
+    cli_lora,
+    cli_prompts,
+    cli_run,
+    cli_train_lora,
+    cli_weights,
+    outputs,
+    printing,
+)
 from gen.convert import DTYPES as CONVERTED_DTYPES
 from gen.errors import GenError, did_you_mean
 from gen.progress import Progress
@@ -85,79 +97,15 @@ def cli(ctx: click.Context) -> None:
 
 
 cli.add_command(cli_run.command)
+cli.add_command(cli_grid.command)
 
 
-@cli.command("list", short_help="Show the models and what is installed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--quiet", "-q", is_flag=True, help="Names of installed weights only.")
-def list_models(as_json: bool, quiet: bool) -> None:
-    """Show the models and which of their weights are on this machine."""
-    rows = [_weights(row, tag) for row in catalog.MODELS.values() for tag in row.weights]
-    if as_json:
-        models = [
-            {"name": row.name, "summary": row.summary, "makes": row.makes} for row in catalog.MODELS.values()
-        ]
-        printing.ok({"models": models, "weights": rows})
-    elif quiet:
-        for row in rows:
-            if row["installed"]:
-                printing.line(row["name"])
-    else:
-        _weights_table(rows, "summary")
-
-
-@cli.command(short_help="Show a model and the options it takes.")
-@click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def show(model: str, as_json: bool) -> None:
-    """Show a model: its weights and the options that it takes."""
-    row, tag = catalog.find(model)
-    tag = tag or next(iter([*catalog.installed(row), *row.weights]))
-    weights = [_weights(row, one) for one in row.weights]
-    inputs = row.inputs_for(tag)
-    if as_json:
-        about = {"name": row.name, "summary": row.summary, "makes": row.makes, "weights": weights}
-        printing.ok(about | {"inputs_for": tag, "inputs": [one.to_json() for one in inputs]})
-        return
-    printing.line(f"{row.name}: {row.summary}\n")
-    _weights_table(weights, "source")
-    printing.line(f"\nOptions with {row.name}:{tag}")
-    table = [("OPTION", "DEFAULT", "LIMITS", "MEANING")]
-    for one in inputs:
-        default = "(required)" if one.required else one.default_words()
-        table.append((f"--{one.name.replace('_', '-')}", default, one.limits(), one.help))
-    printing.table(table)
-
-
-def _weights(row: catalog.Model, tag: str) -> dict[str, Any]:
-    facts = row.checkpoint(tag)
-    return {
-        "name": f"{row.name}:{tag}",
-        "installed": tag in catalog.installed(row),
-        "native_size": facts.native_size if outputs.OUTPUTS[row.makes].sized else None,
-        "licence": facts.licence,
-        "summary": facts.summary,
-        "toy": facts.is_toy,
-        "source": facts.repo_id
-        or (f"embedded in {facts.folder}" if facts.is_toy else f"yours, in GEN_WEIGHTS_DIR/{facts.folder}"),
-    }
-
-
-def _weights_table(rows: list[dict[str, Any]], last: str) -> None:
-    header = ("WEIGHTS", "INSTALLED", "SIZE", "LICENCE", last.upper())
-    printing.table(
-        [header]
-        + [
-            (
-                row["name"],
-                "yes" if row["installed"] else "-",
-                str(row["native_size"] or "-"),
-                row["licence"],
-                row[last],
-            )
-            for row in rows
-        ]
-    )
+cli.add_command(cli_weights.list_command)
+cli.add_command(cli_weights.show_command)
+cli.add_command(cli_weights.pull_command)
+cli.add_command(cli_weights.verify_command)
+cli.add_command(cli_weights.rm_command)
+cli.add_command(cli_add.add_command)
 
 
 @cli.command(short_help="Show what was drawn, newest first.")
@@ -248,6 +196,10 @@ def train(
         options=changes,
     )
     printing.line(str(folder))
+
+
+cli.add_command(cli_train_lora.command)
+cli.add_command(cli_lora.lora_command)
 
 
 @cli.command(short_help="Measure the quality of weights.")
@@ -344,6 +296,7 @@ def convert(
 
 cli.add_command(cli_bench.bench_command)
 cli.add_command(cli_bench.doctor_command)
+cli.add_command(cli_prompts.command)
 
 
 # --- gen.toml ----------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def convert_file(
     """
     if not path.is_file():
         raise GenError(f"There is no file {path}.", "Check the name.", "bad_input")
-    given = _read_config(config)
+    given = read_config(config)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise GenError(
             f"{output} is there already.", "Choose another --output, or move it away.", "bad_input"
@@ -79,7 +79,7 @@ def convert_file(
     }
 
 
-def _read_config(path: Path | None) -> dict[str, Any]:
+def read_config(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gen import catalog, printing
+from gen import catalog, outputs, printing
 from gen.request import Settings
 from weights import store
 
@@ -277,7 +277,7 @@ def weights() -> list[dict[str, Any]]:
 
 
 def _fit(row: catalog.Model, tag: str) -> dict[str, Any]:
-    from gen import loader
+    from gen import loader, memory
 
     facts, folder = row.checkpoint(tag), store.find(row.weights[tag])
     about: dict[str, Any] = {"name": f"{row.name}:{tag}", "installed": folder is not None, "damaged": None}
@@ -289,12 +289,18 @@ def _fit(row: catalog.Model, tag: str) -> dict[str, Any]:
             about["damaged"] = str(error)
     device, dtype = loader.choose_device(Settings(), parameters or None)
     needed = parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    plan, most = None, needed
+    if whole and folder is not None:
+        side = facts.native_size if outputs.OUTPUTS[row.makes].sized else None
+        plan = memory.plan(folder, device, dtype, height=side, width=side)
+        most = plan.peak
     return about | {
+        "plan": plan and plan.to_json(),
         "whole": whole,  # counted from the files; else the denoising network alone
         "parameters": parameters or None,
         "dtype": dtype,
         "bytes": needed or None,
-        "fits": needed <= available_memory(device) if needed else None,
+        "fits": most <= available_memory(device) if most else None,
     }
 
 
@@ -331,7 +337,8 @@ def problems(found: Mapping[str, Any]) -> list[str]:
         )
     for row in found["weights"]:
         if row["damaged"]:
-            rows.append(f"the weights {row['name']} are damaged: {row['damaged']}; fetch them again")
+            mend = f"gen verify {row['name']} --repair pulls published files again"
+            rows.append(f"the weights {row['name']} are damaged: {row['damaged']}; {mend}")
         elif row["installed"] and row["fits"] is False:
             rows.append(
                 f"{row['name']} takes {gib(row['bytes'])} in {row['dtype']}, more than is free: close other "
@@ -415,7 +422,7 @@ def show(found: Mapping[str, Any]) -> None:
     if found["weights"]:
         _table(
             "Weights",
-            ("WEIGHTS", "INSTALLED", "TYPE", "MEMORY", "FITS NOW"),
+            ("WEIGHTS", "INSTALLED", "TYPE", "NUMBERS", "WEIGHTS TAKE", "BESIDE THEM", "PEAK", "FITS NOW"),
             [_weights_line(one) for one in found["weights"]],
         )
     printing.line("")
@@ -426,11 +433,15 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def _weights_line(one: Mapping[str, Any]) -> tuple[str, ...]:
-    size = "-"
-    if one["bytes"]:
-        size = gib(one["bytes"]) + ("" if one["whole"] else ", network alone")
+    numbers = f"{one['parameters'] / 1e6:,.1f} M" if one["parameters"] else "-"
+    weights, beside, peak = (gib(one["bytes"]) + ", network alone" if one["bytes"] else "-"), "-", "-"
+    if plan := one["plan"]:
+        weights = gib(sum(plan["weights_bytes"].values()))
+        beside = gib(max(plan["drawing_bytes"], plan["decoding_bytes"]))
+        peak = f"{gib(plan['peak_bytes'])} +- {gib(plan['error_bytes'])}"
     fits = {True: "yes" if one["whole"] else "the network does", False: "no", None: "-"}[one["fits"]]
-    return one["name"], "yes" if one["installed"] else "-", one["dtype"], size, fits
+    there = "yes" if one["installed"] else "-"
+    return one["name"], there, one["dtype"], numbers, weights, beside, peak, fits
 
 
 def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import bisect
 import logging
 import platform
-import sys
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen import __version__, artifacts, catalog, library, loader, outputs, pictures
+from gen import __version__, adapters, artifacts, catalog, library, loader, memory, outputs, pictures, prompts
 from gen.errors import GenError
 from gen.request import Event, Input, Request, Result, Settings
 
@@ -38,6 +38,9 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     row, _ = catalog.find(request.model)
     tag, facts, folder = catalog.choose(row, request.weights)
     of = outputs.OUTPUTS[row.makes]
+    singles = request.each()
+    spoken = [_spoken(row, alone) for alone in singles]
+    distinct = list({str(words): alone for words, alone in zip(spoken, singles, strict=True)}.values())
     width, height = (request.inputs.get(side, facts.native_size) for side in ("width", "height"))
     arguments = {one.argument: _argument(one, request.inputs[one.name]) for one in row.inputs if one.argument}
     if settings.saver:
@@ -48,21 +51,25 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
     given = of.given(request.inputs, folder)
     place = artifacts.prepare(settings.output, request.count, room, of)
 
+    memory.forget_peak("cpu")
     started = time.perf_counter()
     note = f"{row.name}:{tag}" + (f" (TOY weights, {of.toy})" if facts.is_toy else "")
     yield Event(kind="stage", stage="loading", note=note, images=request.count)
     with _explained(request):
-        lora = request.inputs.get("lora"), request.inputs.get("lora_scale", 1.0)
-        loaded = loader.load(row, folder, settings, *lora)
+        loaded = loader.load(row, folder, settings, adapters.wanted(request.inputs))
         more = of.start(loaded.pipeline, request.inputs, request.seed, given)
-        _check(loaded.pipeline, row, arguments | more)
+        for alone in distinct:
+            _check(loaded.pipeline, row, arguments | _spoken(row, alone) | more)
     loading = time.perf_counter() - started
     notes = (
-        *_unread(loaded.pipeline, row, facts, request),
+        *dict.fromkeys(note for alone in distinct for note in _unread(loaded.pipeline, row, facts, alone)),
         *_idle(row, request),
         *(f"{one.label}: {words}." for one in row.inputs if (words := _changes(one, arguments))),
         *filter(None, [of.given_words(given)]),
-        *(_unknown(loaded.pipeline, row, request) if facts.is_toy else ()),
+        *dict.fromkeys(
+            note for alone in distinct if facts.is_toy for note in _unknown(loaded.pipeline, row, alone)
+        ),
+        *adapters.remarks(request.inputs, facts),
         *_slow(loaded),
         *_unlike(settings),
     )
@@ -70,17 +77,21 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
         yield Event(kind="note", note=note)
 
     results: list[Result] = []
-    for image, alone in enumerate(request.each()):
+    for image, alone in enumerate(singles):
+        if asked := prompts.asked(request, alone):
+            yield Event(kind="note", note=f'Prompt: "{_short(alone.subject)}"')
         drawing = _Drawing(of, alone, image, request.count, given, loading if image == 0 else 0.0)
         with _explained(request):
-            yield from drawing.draw(loaded, arguments, facts, settings.preview, (height, width))
+            yield from drawing.draw(
+                loaded, arguments | spoken[image], facts, settings.preview, (height, width)
+            )
         remarks = [of.lacks(drawing.thing)]
         entry = yield from drawing.saved(
             artifacts.saving(
                 drawing.thing,
                 settings.output,
                 place,
-                _entry(alone, facts, loaded, drawing, settings),
+                _entry(alone, facts, loaded, drawing, settings, folder, asked),
                 of,
                 remarks.append,
             )
@@ -137,7 +148,7 @@ class _Drawing:
 
         pipeline = loaded.pipeline
         if loaded.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            memory.forget_peak(loaded.device)
         # Noise comes from the CPU's generator on every device, so that a seed means one result.
         seed = self.request.seed
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -198,14 +209,23 @@ class _Drawing:
         self._since = now
 
 
+def _spoken(row: catalog.Model, alone: Request) -> dict[str, Any]:
+    """The arguments that may differ from picture to picture of a request: its texts."""
+    return {one.argument: alone.inputs[one.name] for one in row.inputs if one.kind == "text" and one.argument}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _argument(one: Input, value: Any) -> Any:
     """What the pipeline is given: the value, or the picture that it refers to. Raises bad_input."""
-    return pictures.read(value) if one.kind == "image" and value is not None else value
+    return pictures.read(value) if one.kind in ("image", "mask") and value is not None else value
 
 
 def _changes(one: Input, arguments: Mapping[str, Any]) -> str:
     """What was done to a picture that was handed in."""
-    picture = arguments.get(one.argument) if one.kind == "image" else None
+    picture = arguments.get(one.argument) if one.kind in ("image", "mask") else None
     return "" if picture is None else pictures.changes(picture)
 
 
@@ -233,31 +253,41 @@ def _idle(row: catalog.Model, request: Request) -> Iterator[str]:
 
 
 def _unread(pipeline: Any, row: catalog.Model, facts: Checkpoint, request: Request) -> Iterator[str]:
-    """A sentence for each text whose end the model does not read."""
+    """A sentence for each text whose end the model does not read, or not at once."""
     limit = facts.max_tokens
     for one in row.inputs:
         if one.kind != "text" or not limit:
             continue
-        text = request.inputs[one.name]
-        tokens = pipeline.count_tokens(text)
-        if tokens <= limit:
-            continue
-        # The longest beginning, in whole words, that is read in full.
-        words = text.split()
-        read = bisect.bisect_right(
-            range(len(words)),
-            limit,
-            key=lambda count: pipeline.count_tokens(" ".join(words[:count])),
-        )
-        rest = " ".join(words[read - 1 :])
-        cut = rest if len(rest) <= 200 else rest[:197] + "..."
-        yield f'{one.label} has {tokens} tokens, of which the model reads {limit}. Not read: "{cut}"'
+        # Null captions of the published way are cut in any case.
+        cut = one.name == "negative_prompt" and request.inputs.get("null_caption") == "prompt"
+        for text in prompts.read_texts(request.inputs, one.name):
+            tokens = pipeline.count_tokens(text)
+            if tokens <= limit:
+                continue
+            if request.inputs.get("long_prompt") == "chunks" and not cut:
+                parts = len(pipeline.parts_read(text, limit))
+                yield f"{one.label} has {tokens} tokens and is read in {parts} chunks."
+                continue
+            rest = _short(_rest(pipeline, text, limit))
+            yield f'{one.label} has {tokens} tokens, of which the model reads {limit}. Not read: "{rest}"'
+
+
+def _rest(pipeline: Any, text: str, limit: int) -> str:
+    """What comes behind the longest beginning, in whole words, that is read in full."""
+    words = text.split()
+    read = bisect.bisect_right(
+        range(len(words)),
+        limit,
+        key=lambda count: pipeline.count_tokens(" ".join(words[:count])),
+    )
+    return " ".join(words[read - 1 :])
 
 
 def _unknown(pipeline: Any, row: catalog.Model, request: Request) -> Iterator[str]:
     """A sentence for each text with words that small weights have never met."""
     for one in row.inputs:
-        words = pipeline.unknown_words(request.inputs[one.name]) if one.kind == "text" else []
+        texts = prompts.read_texts(request.inputs, one.name) if one.kind == "text" else []
+        words = pipeline.unknown_words(" ".join(texts)) if texts else []
         if words:
             shown = ", ".join(f'"{word[:30]}"' for word in words[:8]) + (", ..." if len(words) > 8 else "")
             yield f"{one.label}: these TOY weights have never met {shown}. They know a few coloured solids."
@@ -286,20 +316,29 @@ def _not_finite(step: Any, loaded: loader.Loaded) -> GenError:
 
 
 def _entry(
-    request: Request, facts: Checkpoint, loaded: loader.Loaded, drawing: _Drawing, settings: Settings
+    request: Request,
+    facts: Checkpoint,
+    loaded: loader.Loaded,
+    drawing: _Drawing,
+    settings: Settings,
+    folder: Path,
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The fields of library.Entry but for the files. Its recipe is the request for this one result alone."""
     created = time.time()
     seconds = sum(drawing.seconds.values())
     width, height = drawing.of.seen(drawing.thing)
+    peak = memory.peak(loaded.device)
+    planned = memory.of_request(request, facts, folder, loaded.device, loaded.dtype, settings.memory)
     recipe = {
         "request": request.to_json(),
+        **({"asked": asked} if asked else {}),
         "weights": {
             "key": facts.key,
             "fingerprint": loaded.fingerprint,
             "licence": facts.licence,
             "toy": facts.is_toy,
-            **({"lora_fingerprint": loaded.lora} if loaded.lora else {}),
+            **_loras(loaded),
         },
         "settings": {
             "device": loaded.device,
@@ -310,11 +349,12 @@ def _entry(
             "quantize": loaded.quantize,
             "compile": loaded.compiled,
             "saver": settings.saver,
-            **({"streamed": list(loaded.streamed)} if loaded.streamed else {}),
+            **({"offloaded": dict(loaded.offloaded)} if loaded.offloaded else {}),
             **({"decoded_in_tiles": True} if drawing.in_tiles else {}),
         },
         "versions": versions(),
         "machine": _machine(loaded.device),
+        "memory": {"planned": planned.to_json(), "peak_bytes": peak},
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(created)),
         "seconds": {name: round(value, 3) for name, value in drawing.seconds.items()},
         **drawing.of.said(drawing.thing),
@@ -330,10 +370,18 @@ def _entry(
         "width": width,
         "height": height,
         "seconds": seconds,
-        "peak_bytes": _peak_bytes(loaded.device),
+        "peak_bytes": peak,
         "toy": facts.is_toy,
         "recipe": recipe,
     }
+
+
+def _loras(loaded: loader.Loaded) -> dict[str, Any]:
+    """What a recipe says of adapters; the second entry as older releases read it."""
+    if not loaded.loras:
+        return {}
+    fingerprints = "+".join(one["fingerprint"] for one in loaded.loras)
+    return {"loras": list(loaded.loras), "lora_fingerprint": fingerprints}
 
 
 def versions() -> dict[str, str]:
@@ -349,18 +397,6 @@ def _machine(device: str) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {"name": name, "threads": torch.get_num_threads()}
-
-
-def _peak_bytes(device: str) -> int:
-    """The most memory that was in use: of the GPU during this picture, of the process so far on a CPU."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    import resource
-
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gen import adapters
 from gen.catalog import Model
 from gen.embeddings import Embeddings
 from gen.errors import GenError
 from gen.request import Settings
-from weights import registry, store
+from weights import store
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ class Loaded:
     compiled: bool
     fingerprint: str  # of the weights
     bytes: int
-    lora: str = ""  # fingerprint of what is merged into them
-    streamed: tuple[str, ...] = ()  # parts that are read layer by layer when they are called
+    loras: tuple[dict[str, Any], ...] = ()  # name, scale and fingerprint of what is merged into them
+    offloaded: Mapping[str, str] = field(default_factory=dict)  # part -> where its large layers stay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +48,15 @@ class _Key:
 
     pipeline: str
     fingerprint: str
-    index: str  # model_index.json, which may change without the tensors
+    index: str  # model_index.json and the parts' settings, which may change without the tensors
     device: str
     dtype: str
     attention: str
     exact: str
     quantize: str
     compile: bool
-    stream: bool
-    adapter: str = ""
-    adapter_scale: float = 1.0
+    offload: tuple[tuple[str, str], ...]  # as `offloads` has it
+    loras: tuple[tuple[str, float], ...] = ()  # fingerprints and scales, in order
 
 
 # Weights of fewer parameters stay float32 on a CPU: bfloat16 saves a tenth of little, and would give other
@@ -68,13 +69,11 @@ _kept: OrderedDict[_Key, Loaded] = OrderedDict()  # least recently used first
 _lock = threading.Lock()  # one load at a time: two would need the memory twice
 
 
-def load(
-    row: Model, folder: Path, settings: Settings, lora: str | None = None, lora_scale: float = 1.0
-) -> Loaded:
+def load(row: Model, folder: Path, settings: Settings, loras: Sequence[adapters.Wanted] = ()) -> Loaded:
     """The pipeline of these weights with these settings, from memory or from disk.
 
-    `lora`: low-rank changes to merge into them, as Request holds them. A pipeline with such changes is one of
-    its own: runs that go on with the plain weights do not see them.
+    `loras`: low-rank changes to merge into them. A pipeline with such changes has a transformer of its own,
+    read anew from disk, and shares the rest: runs that go on with others, or with none, do not see them.
 
     Raises GenError: corrupt_weights, not_installed, bad_input (a device that is not there), out_of_memory.
     """
@@ -90,38 +89,32 @@ def load(
             device, dtype = choose_device(settings, store.parameters(folder))
             if verified is not None:
                 verified.result()
-        merged = adapter(lora) if lora else None
+        merged = adapters.recipe(loras)
         key = _Key(
             pipeline=row.pipeline,
             fingerprint=fingerprint,
-            index=(folder / "model_index.json").read_text(encoding="utf-8"),
+            index=_settings_of(folder),
             device=device,
             dtype=dtype,
             attention=settings.attention,
             exact=settings.exact,
             quantize=settings.quantize,
             compile=settings.compile,
-            stream=must_stream(folder, device, dtype, settings.memory),
-            adapter=store.fingerprint(merged.parent) if merged else "",
-            adapter_scale=lora_scale if merged else 1.0,
+            offload=tuple(offloads(folder, device, dtype, settings.memory).items()),
+            loras=tuple((one["fingerprint"], one["scale"]) for one in merged),
         )
         if key in _kept:
             _kept.move_to_end(key)
-            return _kept[key]
-        return _keep(key, pipeline_class, folder, merged)
+            found = _kept[key]  # the same adapters may have had other names
+            return found if found.loras == tuple(merged) else replace(found, loras=tuple(merged))
+        return _keep(key, pipeline_class, folder, loras, merged)
 
 
-def adapter(lora: str) -> Path:
-    """The safetensors file of an adapter. Raises bad_input when it is gone or damaged."""
-    folder = store.find(lora) if lora in registry.CHECKPOINTS else Path(lora)
-    try:
-        if folder is None:
-            raise store.CorruptWeights(f"{lora} is no longer on this machine")
-        store.verify_adapter(folder)
-    except store.CorruptWeights as error:
-        hint = "Give another, or draw without it."
-        raise GenError(f"The LoRA cannot be used: {error}.", hint, "bad_input") from error
-    return folder / store.ADAPTER if folder.is_dir() else folder
+def _settings_of(folder: Path) -> str:
+    """The index of a pipeline and the configurations of its parts: folders of one's own may share tensors and
+    differ in these."""
+    files = [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
 def forget() -> None:
@@ -130,21 +123,44 @@ def forget() -> None:
         _kept.clear()
 
 
-def _keep(key: _Key, pipeline_class: Any, folder: Path, merged: Path | None) -> Loaded:
+def _keep(
+    key: _Key,
+    pipeline_class: Any,
+    folder: Path,
+    loras: Sequence[adapters.Wanted],
+    merged: Sequence[dict[str, Any]],
+) -> Loaded:
     import torch
 
-    from pipelines import attention
+    from pipelines import attention, components
 
     attention.remember(store.home() / "attention.json")  # what was measured, so that pixels stay the same
-    needed = needs(folder, key.dtype, key.stream)
+    offload = dict(key.offload)
+    if loras and "transformer" in offload:
+        raise GenError(
+            "A LoRA is merged into the weights, and --memory sequential and group leave them elsewhere.",
+            "Leave --lora or --memory out.",
+            "bad_input",
+        )
+    needed = needs(folder, key.dtype, offload)
+    like = next((one for other, one in _kept.items() if replace(other, loras=key.loras) == key), None)
     while _kept and needed + sum(one.bytes for one in _kept.values()) > memory(key.device) // 2:
         old, _ = _kept.popitem(last=False)
         log.info("dropped %s to make room", old)
-    options: dict[str, Any] = {"stream_text_encoder": True} if key.stream else {}
     try:
-        pipeline = pipeline_class.from_pretrained(
-            folder, torch_dtype=getattr(torch, key.dtype), device=key.device, **options
-        )
+        options = {"torch_dtype": getattr(torch, key.dtype), "device": key.device}
+        if like is None or "transformer" in offload:
+            pipeline = pipeline_class.from_pretrained(folder, **options, offload=offload)
+        else:  # other adapters: all but the transformer is the same
+            pipeline = copy.copy(like.pipeline)
+            name = components.read_index(folder, store.family(folder), ("transformer",))["transformer"]
+            pipeline.transformer = components.load(folder / "transformer", name, **options)
+    except components.NotOffloadable as error:
+        raise GenError(
+            f"These weights need more memory than there is, or than you allow: {error}.",
+            "Leave --memory out, or take --dtype bfloat16 or another machine.",
+            "out_of_memory",
+        ) from error
     except ValueError as error:  # whole files, and yet they do not fit together
         raise store.CorruptWeights(str(error)) from error
     try:
@@ -154,8 +170,8 @@ def _keep(key: _Key, pipeline_class: Any, folder: Path, merged: Path | None) -> 
         raise GenError(
             f"{message[0].upper()}{message[1:]}.", "Leave --attention out.", "bad_input"
         ) from error
-    if merged is not None:
-        _merge(pipeline.transformer, merged, key.adapter_scale)
+    if loras:
+        merge(pipeline.transformer, loras)
     _ready(pipeline, key)
     encoder = folder / ENCODER
     if encoder.is_dir() and store.parameters(encoder) >= SMALL:
@@ -170,8 +186,8 @@ def _keep(key: _Key, pipeline_class: Any, folder: Path, merged: Path | None) -> 
         compiled=key.compile,
         fingerprint=key.fingerprint,
         bytes=needed,
-        lora=key.adapter,
-        streamed=(ENCODER,) if key.stream else (),
+        loras=tuple(merged),
+        offloaded=offload,
     )
     _kept[key] = loaded
     return loaded
@@ -179,7 +195,13 @@ def _keep(key: _Key, pipeline_class: Any, folder: Path, merged: Path | None) -> 
 
 def _ready(pipeline: Any, key: _Key) -> None:
     try:
-        if key.compile:  # it does with plain layers what the lean path does by hand
+        if key.compile and key.device == "cuda" and _small(pipeline.transformer):
+            # Such networks wait for Python, not for the GPU
+            from pipelines.compiled import Replayed
+
+            pipeline.prepare(key.exact)
+            pipeline.transformer = Replayed(pipeline.transformer)
+        elif key.compile:  # it does with plain layers what the lean path does by hand
             from pipelines.compiled import compile_blocks
 
             compile_blocks(pipeline.transformer, store.home() / "compiled")
@@ -192,27 +214,51 @@ def _ready(pipeline: Any, key: _Key) -> None:
         ) from error
 
 
-def needs(folder: Path, dtype: str, stream: bool) -> int:
-    """Bytes of the weights that are in memory throughout."""
-    parameters = store.parameters(folder)
-    if stream:
-        parameters -= store.parameters(folder / ENCODER)
+def _small(network: Any) -> bool:
+    return sum(one.numel() for one in network.parameters()) < SMALL
+
+
+def needs(folder: Path, dtype: str, offload: Mapping[str, str]) -> int:
+    """Bytes of the weights that are on the device throughout."""
+    parameters = store.parameters(folder) - sum(store.parameters(folder / name) for name in offload)
     return parameters * (4 if dtype == "float32" else 2)
 
 
-def must_stream(folder: Path, device: str, dtype: str, wish: str = "auto") -> bool:
-    """Whether the text encoder has to stay in its file: when all weights would fill more than `ROOM` of the
-    memory, or when as little memory as possible is wished for."""
-    if not (folder / ENCODER).is_dir():
-        return False
-    return wish == "least" or needs(folder, dtype, False) > ROOM * memory(device)
+def offloads(folder: Path, device: str, dtype: str, wish: str = "auto") -> dict[str, str]:
+    """Part -> where its large layers stay until they are called, "file" or "host"; see pipelines.streaming.
+
+    `wish` is Settings.memory. "auto": the text encoder stays in its file where all weights would fill more
+    than `ROOM` of the memory. Raises bad_input for a wish that means nothing for these weights or here.
+    """
+    parts = [name for name in (ENCODER, "transformer", "controlnet") if (folder / name).is_dir()]
+    reads = ENCODER in parts
+    if wish == "auto":
+        full = reads and needs(folder, dtype, {}) > ROOM * memory(device)
+        return {ENCODER: "file"} if full else {}
+    if wish == "least":
+        if not reads:
+            raise GenError(
+                "These weights have no text encoder, which is what --memory least leaves on disk.",
+                "Take --memory sequential, which leaves all networks there, or leave it out.",
+                "bad_input",
+            )
+        return {ENCODER: "file"}
+    if wish == "group" and device == "cpu":
+        raise GenError(
+            "--memory group keeps weights outside of a GPU, and this runs on the CPU.",
+            "Take --memory least or sequential, or leave it out.",
+            "bad_input",
+        )
+    return {name: "file" if name == ENCODER or wish == "sequential" else "host" for name in parts}
 
 
-def _merge(transformer: Any, file: Path, scale: float) -> None:
+def merge(transformer: Any, loras: Sequence[adapters.Wanted]) -> int:
+    """Add adapters to a network's weights for good; returns how many layers changed. Raises bad_input."""
     from pipelines import lora
 
     try:
-        lora.merge(transformer, lora.load_lora(file), scale, keep_originals=False)
+        found = [(lora.load_lora(adapters.facts(one.name).file), one.scale) for one in loras]
+        return len(lora.merge_all(transformer, found, keep_originals=False).layers)
     except ValueError as error:
         raise GenError(
             f"The LoRA cannot be merged into these weights: {error}.",

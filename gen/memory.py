@@ -7,14 +7,18 @@ measured peaks (benchmarks/README.md, full_size.py), hence the error bar.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gen import loader
-from weights import store
+from gen import catalog, loader
+from gen.outputs import OUTPUTS
+from gen.request import Request
+from weights import registry, store
 
 PROGRAM = 350 * 2**20  # Python and torch with nothing loaded
 PER_TOKEN = 14  # vectors of the transformer's width: queries, keys, values, four of the feed-forward, copies
@@ -28,7 +32,7 @@ class Plan:
     """Bytes."""
 
     weights: Mapping[str, int]  # of each part that stays in memory
-    streamed: Mapping[str, int]  # of each part that is read layer by layer
+    streamed: Mapping[str, int]  # of each part whose large layers are brought when they are called
     drawing: int  # beside the weights, at most, during a step
     decoding: int
     memory: int  # of the device as a whole
@@ -75,13 +79,13 @@ def plan(
 ) -> Plan:
     """For one result of these weights. Raises CorruptWeights when a file cannot be read."""
     item = 4 if dtype == "float32" else 2
-    stream = loader.must_stream(folder, device, dtype, wish)
+    offload = loader.offloads(folder, device, dtype, wish)
     parts = {
         path.name: store.parameters(path) * item
         for path in sorted(folder.iterdir())
         if path.is_dir() and any(path.glob("*.safetensors"))
     }
-    streamed = {name: parts.pop(name) for name in (loader.ENCODER,) if stream}
+    streamed = {name: parts.pop(name) for name in offload}
     drawing = decoding = 0
     config = _config(folder / "transformer")
     wide = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
@@ -102,6 +106,49 @@ def plan(
         decoding=decoding,
         memory=loader.memory(device),
     )
+
+
+def of_request(
+    request: Request, facts: registry.Checkpoint, folder: Path, device: str, dtype: str, wish: str = "auto"
+) -> Plan:
+    """The plan for one result of a request; `wish` is Settings.memory. Raises CorruptWeights, GenError."""
+    native = facts.native_size if OUTPUTS[catalog.MODELS[request.model].makes].sized else None
+    return plan(
+        folder,
+        device,
+        dtype,
+        height=request.inputs.get("height", native) or native,
+        width=request.inputs.get("width", native) or native,
+        rows=1 if request.inputs.get("guidance", 1) <= 1 else 2,
+        wish=wish,
+    )
+
+
+def forget_peak(device: str) -> None:
+    """Let `peak` begin anew, where the system can."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux alone has it; elsewhere it stays the whole process's
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    """The most bytes that were in use since `forget_peak`: of the GPU, else of this process."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
 def _tiled_from() -> int:

@@ -6,7 +6,7 @@ branches of their own. Nothing heavy is imported at the top: the command line re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from gen.request import Input
     from weights.registry import Checkpoint
 
 Inputs = Mapping[str, Any]
@@ -45,6 +46,9 @@ class Output:
     lacks: Callable[[Any], str] = lambda thing: ""  # what a person should know of it; empty for nothing
     # Raises bad_input for values that do not go together, in view of the folder of the weights
     check: Callable[[Inputs, Path], None] = lambda inputs, folder: None
+    # Values that follow from others: what is known, what was left out, all inputs with their limits ->
+    # values. Raises bad_input for values that do not go together
+    settle: Callable[[Inputs, Set[str], Mapping[str, Input]], Inputs] = lambda inputs, absent, limits: {}
     # What was handed in and belongs to no single argument, read before weights are loaded; None: nothing
     given: Callable[[Inputs, Path], Any] = lambda inputs, folder: None
     given_words: Callable[[Any], str] = lambda given: ""  # what was done to it, for people
@@ -66,8 +70,27 @@ class Output:
 
 
 def _decode_image(pipeline: Any, latents: Any, size: tuple[int, int], facts: Checkpoint, given: Any) -> Image:
-    image: Image = pipeline.decode(latents, "pil", size=size)[0]
+    if given is None:
+        image: Image = pipeline.decode(latents, "pil", size=size)[0]
+    else:
+        image = pipeline.finish(latents, "pil", size, given.canvas, given.hires)[0]
     return image
+
+
+def _settle_image(inputs: Inputs, absent: Set[str], limits: Mapping[str, Input]) -> Inputs:
+    if "image" not in limits:
+        return {}
+    from gen import image_inputs
+
+    return image_inputs.settle(inputs, absent, limits)
+
+
+def _given_image(inputs: Inputs, folder: Path) -> Any:
+    if inputs.get("image") is None and inputs.get("hires") is None:
+        return None  # without loading Pillow
+    from gen import image_inputs
+
+    return image_inputs.given(inputs)
 
 
 def _preview_image(pipeline: Any, step: Any) -> Image:
@@ -146,7 +169,11 @@ OUTPUTS: Mapping[str, Output] = {
             str(inputs[side]) for side in ("width", "height") if side in inputs
         ),
         size_made=lambda inputs, width, height: f"{width}x{height}",
-        bytes=lambda inputs, pixels: 3 * pixels,  # a PNG of noise is as large as its pixels
+        # A PNG of noise is as large as its pixels
+        bytes=lambda inputs, pixels: int(3 * pixels * (inputs.get("hires") or 1) ** 2),
+        settle=_settle_image,
+        given=_given_image,
+        given_words=lambda given: given.words if given else "",
         sized=True,
     ),
     # The own file is GLB: nearly every viewer of three dimensions opens it, those of browsers and phones as

@@ -37,8 +37,11 @@ CHANGES = "gen_changes"  # the text in a kept file that says what was done to th
 HINT = f"Give a PNG, JPEG or WebP of at least {SMALLEST} pixels per side and at most 64 megapixels."
 
 
-def keep(source: Any, label: str = "The picture") -> dict[str, str]:
+def keep(source: Any, label: str = "The picture", *, mask: bool = False) -> dict[str, str]:
     """Keep a picture and return its reference. A reference is checked and returned as it is.
+
+    A mask is kept in black and white, its transparent parts black: what is painted in white on nothing is a
+    mask as well.
 
     `source`: a path, bytes, a data URL, {"data": base64 or data URL, "name": ...}, a PIL image, or an array
     (Y, X), (Y, X, 3) or (Y, X, 4) of uint8, uint16 or floats in 0..1. Raises bad_input, disk_full,
@@ -47,10 +50,10 @@ def keep(source: Any, label: str = "The picture") -> dict[str, str]:
     if isinstance(source, Mapping) and "data" not in source:
         return reference(source, label)
     source, name = received(source, label, HINT)
-    if isinstance(source, bytes):
-        image, changes = _normal(_opened(source, label), label)
-    else:
-        image, changes = _normal(_drawn(source, label), label)
+    image = _opened(source, label) if isinstance(source, bytes) else _drawn(source, label)
+    image, changes = _normal(image, label, "black" if mask else "white")
+    if mask:
+        image, changes = _black_and_white(image, changes)
     return {"sha256": _store(image, changes), "name": name or "picture.png"}
 
 
@@ -75,8 +78,29 @@ def named(name: str) -> dict[str, str]:
 
 
 def read(reference: Mapping[str, str]) -> Image:
-    """The RGB picture of a reference. Raises bad_input when it is gone or has been changed."""
+    """The picture of a reference, RGB or a mask's grey. Raises bad_input when it is gone or was changed."""
     return _opened(kept(reference), reference["name"])
+
+
+def is_painted(content: bytes) -> bool:
+    """Whether a layer of paint has any. Raises bad_input for what is no picture."""
+    return _opened(content, "The mask").convert("RGBA").getchannel("A").getbbox() is not None
+
+
+def painted_on(content: bytes, image: Mapping[str, str]) -> Image:
+    """A layer of paint as a mask for a kept picture, brought to its size."""
+    from PIL import Image
+
+    paint = _opened(content, "The mask").convert("RGBA").getchannel("A")
+    return paint.resize(size(image), Image.Resampling.BILINEAR)
+
+
+def size(reference: Mapping[str, str]) -> tuple[int, int]:
+    """(width, height) of the picture of a reference, which has been checked."""
+    from PIL import Image
+
+    with Image.open(place(reference["sha256"])) as picture:
+        return picture.size
 
 
 def kept(reference: Mapping[str, str], ending: str = ENDING, noun: str = "picture") -> bytes:
@@ -291,13 +315,13 @@ def _check_size(size: tuple[int, int], label: str) -> None:
     if width * height > MOST_PIXELS:
         raise GenError(
             f"{label} is {width} x {height} pixels; at most {MOST_PIXELS // 10**6} megapixels are accepted.",
-            "Save it smaller: edges are found at the size of the picture to draw anyway.",
+            "Save it smaller: it is brought to the size of the picture to draw anyway.",
             "bad_input",
         )
 
 
-def _normal(image: Image, label: str) -> tuple[Image, str]:
-    """RGB, upright and opaque, and what was done for that where it is a matter of taste."""
+def _normal(image: Image, label: str, ground: str = "white") -> tuple[Image, str]:
+    """RGB, upright and opaque on this colour, and what was done for that where it is a matter of taste."""
     from PIL import Image, ImageOps
 
     changed = []
@@ -314,8 +338,8 @@ def _normal(image: Image, label: str) -> tuple[Image, str]:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
         if layered.getchannel("A").histogram()[255] < layered.width * layered.height:
-            changed.append("transparent parts laid on white")
-        image = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
+            changed.append(f"transparent parts laid on {ground}")
+        image = Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered)
     try:
         image = image.convert("RGB") if image.mode != "F" else _no_white(image, label)
     except ValueError:
@@ -325,6 +349,15 @@ def _normal(image: Image, label: str) -> tuple[Image, str]:
             "bad_input",
         ) from None
     return image, "; ".join(changed)
+
+
+def _black_and_white(image: Image, changed: str) -> tuple[Image, str]:
+    """A mask, and what was done for that where there was anything between black and white."""
+    from pipelines.canvas import as_mask  # needs no torch
+
+    grey = sum(image.convert("L").histogram()[16:240]) > image.width * image.height / 100
+    greys = "greys taken for black or white, whichever is nearer" if grey else ""
+    return as_mask(image), "; ".join(filter(None, (changed, greys)))
 
 
 def _eight_bits(image: Image, label: str) -> Image:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ class Input:
     """
 
     name: str
-    kind: str  # text | integer | number | choice | label | seed | size | image | points | lora, as in CHECKS
+    kind: str  # text | integer | number | choice | size | seed | image | mask and so on, as in CHECKS
     label: str
     help: str
     argument: str
@@ -117,10 +116,11 @@ def _check_text(of: Input, value: Any) -> str:
         raise of.error(
             f"{of.label} is empty, so there is nothing to draw.", 'Say what to draw, e.g. "a red cube".'
         )
-    if len(value) > TEXT_LIMIT:
+    most = int(of.maximum or TEXT_LIMIT)  # more where it is read in chunks
+    if len(value) > most:
+        reads = ", and the model reads only about the first 1,300" if of.maximum is None else ""
         raise of.error(
-            f"{of.label} has {len(value):,} characters; at most {TEXT_LIMIT:,} are accepted, "
-            "and the model reads only about the first 1,300.",
+            f"{of.label} has {len(value):,} characters; at most {most:,} are accepted{reads}.",
             "Shorten it to what the picture shows.",
         )
     if not value.isprintable():
@@ -262,6 +262,28 @@ def _check_image(of: Input, value: Any) -> dict[str, str]:
     return pictures.keep(value, of.label)
 
 
+def _check_mask(of: Input, value: Any) -> dict[str, str]:
+    """Anything that is a picture becomes the reference of one in black and white; see `gen.pictures`."""
+    from gen import pictures
+
+    return pictures.keep(value, of.label, mask=True)
+
+
+def _check_sides(of: Input, value: Any) -> str:
+    """Pixels for sides of a picture, written `left=64,right=64`."""
+    from pipelines import canvas  # needs no torch
+
+    try:
+        return canvas.margins_text(canvas.margins(value))
+    except (TypeError, ValueError):
+        sides = ", ".join(canvas.SIDES)
+        raise of.error(
+            f"{of.label} cannot be {_shown(value)}.",
+            f"Write left=64,right=64, or four numbers for {sides}, or one for all; each up to "
+            f"{canvas.MOST_GROWTH}, and at least one above 0.",
+        ) from None
+
+
 def _check_points(of: Input, value: Any) -> dict[str, str]:
     """Anything that holds points becomes its reference; see `gen.point_inputs`."""
     from gen import point_inputs
@@ -269,27 +291,11 @@ def _check_points(of: Input, value: Any) -> dict[str, str]:
     return point_inputs.keep(value, of.label)
 
 
-def _check_lora(of: Input, value: Any) -> str:
-    """A published adapter by its key, or the absolute path of a folder or file with one."""
-    from weights import registry, store
+def _check_lora(of: Input, value: Any) -> str | list[str] | None:
+    """Adapters by name or path: one, or several with a scale each; see `gen.adapters`."""
+    from gen import adapters
 
-    if not isinstance(value, str | os.PathLike):
-        raise of.error(f"{of.label} must be a name or a path, not {_shown(value)}.", of.help + ".")
-    known = [key for key, row in registry.CHECKPOINTS.items() if row.adapts]
-    if value in known:
-        folder = store.find(str(value))
-        if folder is None:
-            repo = registry.CHECKPOINTS[str(value)].repo_id
-            message = f"The adapter {value} is not on this machine."
-            raise GenError(message, f"Get it: hf download {repo}", "not_installed")
-    else:
-        folder = Path(value).expanduser().absolute()
-    try:
-        store.verify_adapter(folder)
-    except store.CorruptWeights as error:
-        hint = did_you_mean(str(value), known) or f"Published ones: {', '.join(known)}."
-        raise of.error(f"{of.label} cannot be used: {error}.", hint) from error
-    return str(value) if value in known else str(folder)
+    return adapters.check(of, value)
 
 
 CHECKS = {
@@ -301,6 +307,8 @@ CHECKS = {
     "seed": _check_seed,
     "size": _check_size,
     "image": _check_image,
+    "mask": _check_mask,
+    "sides": _check_sides,
     "points": _check_points,
     "lora": _check_lora,
 }
@@ -312,15 +320,14 @@ def _sent_file(of: Input, value: Any) -> Any:
 
 
 def _sent_lora(of: Input, value: Any) -> Any:
-    """A stranger may name what is published, and no path."""
-    if left_out(value) or value in (of.choices or ()):
-        return value
-    known = ", ".join(of.choices or ()) or "none are installed"
-    raise of.error(f"{of.label} cannot be {_shown(value)}.", f"Those that can be named here: {known}.")
+    """A stranger may name what is listed here, and no path."""
+    from gen import adapters
+
+    return adapters.sent(of, value)
 
 
 # Kinds that are narrower for strangers
-SENT = {"image": _sent_file, "points": _sent_file, "lora": _sent_lora}
+SENT = {"image": _sent_file, "mask": _sent_file, "points": _sent_file, "lora": _sent_lora}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +356,7 @@ class Request:
 
         Raises GenError: unknown_model, not_installed, unknown_option, bad_input.
         """
-        from gen import catalog
+        from gen import catalog, prompts
         from gen.outputs import OUTPUTS
 
         row, tag = catalog.find(model)
@@ -367,19 +374,29 @@ class Request:
                 one.only_with is None or not left_out(given.get(one.only_with))
             ):
                 one.check_parts(given[name], folder)
+        inputs = prompts.inputs_for(inputs, given)
         checked = {name: one.check(given.get(name)) for name, one in inputs.items()}
         for name, one in inputs.items():
             if checked[name] is None and one.by_walk is not None:
                 checked[name] = one.by_walk.get(checked["scheduler"], one.by_walk[""])
+        absent = {name for name in inputs if left_out(given.get(name))}
+        checked |= OUTPUTS[row.makes].settle(checked, absent, inputs)
         OUTPUTS[row.makes].check(checked, folder)
+        if checked.get("lora") is not None:
+            from gen import adapters
+
+            adapters.check_fit(checked, folder)
         drawn = checked.pop("seed")
-        return cls(
+        request = cls(
             model=row.name,
             weights=tag,
             seed=draw_seed() if drawn is None else drawn,
             count=checked.pop("count"),
             inputs=MappingProxyType(checked),
         )
+        for alone in request.each():
+            prompts.check(alone.inputs, inputs)
+        return request
 
     @property
     def subject(self) -> str:
@@ -390,10 +407,18 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        return [one.seed for one in self.each()]
+        return [one.seed for one in self._each()]
 
     def each(self) -> list[Request]:
-        """The requests for single results that this one means."""
+        """The requests for single results that this one means, their prompts with the style around them and
+        with the words that the wildcards stand for. Raises bad_input when those are not to be had."""
+        from gen import prompts
+
+        files = prompts.Wildcards()
+        drawn = [(one, prompts.resolve(one.inputs, one.seed, files)) for one in self._each()]
+        return [replace(one, inputs=MappingProxyType({**one.inputs, **said})) for one, said in drawn]
+
+    def _each(self) -> list[Request]:
         if self.inputs.get("second_seed") is None:
             seeds = [(self.seed + n) % SEED_LIMIT for n in range(self.count)]
             return [replace(self, seed=seed, count=1) for seed in seeds]
@@ -446,7 +471,11 @@ class Request:
                 "bad_input",
             )
         reference = f"{model}:{weights}" if weights else model
-        if not trusted:
+        if trusted:
+            from gen import prompts
+
+            inputs = prompts.as_recorded(inputs)
+        else:
             row, tag = catalog.find(reference)
             careful = {
                 one.name: one for one in row.inputs_for(tag or next(iter(row.weights))) if one.kind in SENT
@@ -467,7 +496,7 @@ def draw_seed() -> int:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MEMORY = ("auto", "least")
+MEMORY = ("auto", "least", "sequential", "group")
 QUANTIZE = ("none", "int8")
 EXACT = ("lean", "plain")
 
@@ -480,7 +509,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
-    memory: str = "auto"  # "least": what can be left on disk is read when it is needed
+    memory: str = "auto"  # where networks stay until they are called, see gen.loader.offloads
     quantize: str = "none"  # "int8": large layers in int8, not quite the same picture
     compile: bool = False  # torch.compile, which takes its time before the first picture
     exact: str = "lean"  # "plain": every operation as it was published, for comparing
@@ -504,6 +533,12 @@ class Settings:
         if self.quantize != "none" and (self.compile or self.exact == "plain"):
             raise GenError(
                 f"{self.quantize} goes neither with --compile nor with --exact plain.",
+                "Leave one of them out.",
+                "bad_input",
+            )
+        if self.memory in ("sequential", "group") and (self.quantize != "none" or self.compile):
+            raise GenError(
+                f"--memory {self.memory} leaves weights elsewhere: they are neither quantised nor compiled.",
                 "Leave one of them out.",
                 "bad_input",
             )

@@ -182,6 +182,19 @@ ATTENTION = {
 }
 
 
+# What diffusers' `set_attention_backend` calls them
+DIFFUSERS_NAMES = {
+    "native": "sdpa",
+    "_native_math": "math",
+    "_native_cudnn": "cudnn",
+    "_native_flash": "torch-flash",
+    "flash": "flash2",
+    "_flash_3": "flash3",
+    "xformers": "xformers",
+    "sage": "sage",
+}
+
+
 class Row(NamedTuple):
     """Of the table, for people."""
 

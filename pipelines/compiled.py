@@ -50,12 +50,12 @@ def missing(device: torch.device | str = "cpu") -> str | None:
     return f"compiling for {kind} is not supported; it is for cpu and cuda"
 
 
-def compile_blocks(model: nn.Module, cache: Path | str) -> int:
+def compile_blocks(model: nn.Module, cache: Path | str | None = None) -> int:
     """Compile the repeated blocks of `model` in place; returns how many there are.
 
-    `cache` is a folder that keeps what was compiled, so that other processes need not do it again. There is
-    one in a process: the first named stays. Nothing is compiled before the first forward, which takes long.
-    Afterwards gradients are refused.
+    `cache` is a folder that keeps what was compiled, so that other processes need not do it again; None is
+    torch's own. There is one in a process: the first named stays. Nothing is compiled before the first
+    forward, which takes long. Afterwards gradients are refused.
 
     Raises ValueError, and changes nothing: no compiler, a model that trains, has no blocks of REGIONS, holds
     packed layers, is compiled already, or a second cache folder.
@@ -68,6 +68,8 @@ def compile_blocks(model: nn.Module, cache: Path | str) -> int:
         )
     if any("_regions" in vars(block) for block, _ in blocks):
         raise ValueError(f"this {name} is compiled already")
+    if getattr(model, "streamed_on", None) is not None:
+        raise ValueError(f"this {name} leaves its weights elsewhere, and cannot be compiled")
     reason = missing(next(model.parameters()).device)
     if reason:
         raise ValueError(f"this {name} cannot be compiled: {reason}")
@@ -81,7 +83,8 @@ def compile_blocks(model: nn.Module, cache: Path | str) -> int:
             f"this {name} has {len(packed)} layers with weights packed for oneDNN, such as {packed[0]}, "
             "and the two have not been made to work together; compile the network as it was loaded"
         )
-    _keep_in(Path(cache))
+    if cache is not None:
+        _keep_in(Path(cache))
     for block, methods in blocks:
         for method in methods:
             setattr(block, method, _inference_only(getattr(block, method)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+
+class NotOffloadable(ValueError):
+    """A part whose class has no way to leave its weights elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +132,15 @@ def write_index(
 
 
 def load_all(
-    folder: Path, classes: Mapping[str, str], *, streamed: Collection[str] = (), **options: Any
+    folder: Path, classes: Mapping[str, str], *, offload: Mapping[str, str] | None = None, **options: Any
 ) -> dict[str, Any]:
     """All parts of a pipeline's folder: `classes` as `read_index` gives them, `options` as `load` takes them,
-    `streamed` the names of those whose large layers stay in the file.
+    `offload` the names of those whose large layers stay elsewhere, and where.
 
     Raises ValueError as `load` does, and when the VAE's latents are not those that the transformer draws.
     """
     loaded = {
-        name: load(folder / name, class_name, stream=name in streamed, **options)
+        name: load(folder / name, class_name, offload=(offload or {}).get(name), **options)
         for name, class_name in classes.items()
     }
     channels, drawn = loaded["vae"].config.latent_channels, loaded["transformer"].config.in_channels
@@ -152,13 +156,13 @@ def load(
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     own: bool = True,
-    stream: bool = False,
+    offload: str | None = None,
 ) -> Any:
-    """One part from its folder. `own` False takes the library's class wherever there is one; `stream` leaves
-    a network's large layers in the file until they are called, see `pipelines.streaming`.
+    """One part from its folder. `own` False takes the library's class wherever there is one; `offload` leaves
+    a network's large layers in the "file" or on the "host" until they are called: see `pipelines.streaming`.
 
     Raises ValueError: the folder or a file in it is missing or does not fit, or the class is the library's
-    and cannot be streamed.
+    and cannot be offloaded.
     """
     part = PARTS[class_name]
     if not folder.is_dir():
@@ -168,9 +172,9 @@ def load(
     if part.kind != "model":
         return class_.from_pretrained(folder)
     if class_.__module__.startswith("pipelines."):
-        return class_.from_pretrained(folder, torch_dtype=torch_dtype, device=device, stream=stream)
-    if stream:
-        raise ValueError(f"{folder}: a {class_.__name__} of the library cannot be streamed")
+        return class_.from_pretrained(folder, torch_dtype=torch_dtype, device=device, offload=offload)
+    if offload is not None:
+        raise NotOffloadable(f"{folder}: a {class_.__name__} of the library cannot be offloaded")
     try:
         # Never pickles, and never a look at the network for a file that is not there.
         options = {"use_safetensors": True, "local_files_only": True}

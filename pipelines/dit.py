@@ -75,6 +75,7 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
         torch_dtype: torch.dtype | None = None,  # None: as stored
         device: torch.device | str | None = None,  # None: the CPU
         own_parts: bool = True,  # False: diffusers' classes for the VAE and the scheduler
+        offload: Mapping[str, str] | None = None,  # parts that stay elsewhere: see `pipelines.streaming`
     ) -> Self:
         """Read a diffusers folder.
 
@@ -87,7 +88,9 @@ class DiTPipeline(ClassLabels, LatentImagePipeline):
         if classes["transformer"] not in ("DiTTransformer2DModel", "Transformer2DModel"):
             raise ValueError(f"{folder}: a {classes['transformer']} does not belong into a DiTPipeline")
         classes["transformer"] = "DiTTransformer2DModel"
-        loaded = components.load_all(folder, classes, torch_dtype=torch_dtype, device=device, own=own_parts)
+        loaded = components.load_all(
+            folder, classes, torch_dtype=torch_dtype, device=device, own=own_parts, offload=offload
+        )
         index = folder / "model_index.json"
         try:
             return cls(**loaded, id2label=read_json(index).get("id2label"))

@@ -121,6 +121,7 @@ class DiT3DPipeline(ClassLabels):
         torch_dtype: torch.dtype | None = None,  # None: as stored
         device: torch.device | str | None = None,  # None: the CPU
         own_parts: bool = True,  # False: diffusers' class for the scheduler, where it has one
+        offload: Mapping[str, str] | None = None,  # parts that stay elsewhere: see `pipelines.streaming`
     ) -> Self:
         """Read a folder that `save_pretrained` wrote.
 
@@ -132,7 +133,10 @@ class DiT3DPipeline(ClassLabels):
         if classes["transformer"] != "DiT3DModel":
             raise ValueError(f"{folder}: a {classes['transformer']} does not belong into a DiT3DPipeline")
         options = {"torch_dtype": torch_dtype, "device": device, "own": own_parts}
-        loaded = {name: components.load(folder / name, known, **options) for name, known in classes.items()}
+        loaded = {
+            name: components.load(folder / name, known, offload=(offload or {}).get(name), **options)
+            for name, known in classes.items()
+        }
         path = folder / "model_index.json"
         index = read_json(path)
         lacking = [name for name in ("mean", "std") if name not in index]

@@ -90,8 +90,11 @@ class DPMSolver(OrderedScheduler):
             alphas = self.alphas_cumprod
             ratios = (((1 - alphas) / alphas) ** 0.5).tolist()
             self._sigmas = [ratios[min(max(t, 0), len(ratios) - 1)] for t in chosen] + [0.0]
-        self._index = 0
+        self._index = self._begin = 0
         self.denoised = None
+
+    def _level(self, index: int) -> tuple[float, float]:
+        return _alpha_sigma(self._sigmas[index])
 
     def _between(self, times: Tensor) -> list[float]:
         """sigma / alpha at fractional timesteps: log alpha is linear between whole ones."""
@@ -130,7 +133,7 @@ class DPMSolver(OrderedScheduler):
         decay = (alpha * next_sigma) / (sigma * next_alpha)
         weight = next_alpha * (1.0 - decay)
         result = (next_sigma / sigma) * sample.float() + weight * expected
-        if self.config.solver_order == 2 and 0 < index < last:
+        if self.config.solver_order == 2 and self._begin < index < last:  # the first has none before
             assert self.denoised is not None
             earlier = math.log(self._sigmas[index - 1] / self._sigmas[index])  # h of the step before
             if earlier > 0 and decay < 1:  # rounding may put a timestep twice, at 1000 steps

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pipelines import attention, lean, step_savers, tiling
 from pipelines.bins import BINS
+from pipelines.lora import LoraPipeline
 from pipelines.scheduler_base import Generators, standard_noise
 from pipelines.step_savers import StepSaver
 
@@ -38,7 +39,7 @@ class ImagePipelineOutput:
     images: Any
 
 
-class LatentImagePipeline:
+class LatentImagePipeline(LoraPipeline):
     """The part of a pipeline that does not depend on what is asked for: words, a class or a control image."""
 
     conditional_half = 1  # which half of a guided batch sees the condition
@@ -55,8 +56,14 @@ class LatentImagePipeline:
         self._preview_map: Tensor | None = None
 
     def set_attention(self, name: str = "auto") -> str:
-        """Choose the transformer's attention function; see `pipelines.attention`."""
-        return attention.set_attention(self.transformer, name)
+        """Choose the transformer's attention function; see `pipelines.attention`.
+
+        The one layer of an autoencoder of ours takes part in `auto` only: its head is as wide as the layer.
+        """
+        chosen = attention.set_attention(self.transformer, name)
+        if any(hasattr(module, "attend") for module in self.vae.modules()):
+            attention.set_attention(self.vae, "auto" if name == "auto" else "sdpa")
+        return chosen
 
     def prepare(self, exact: str = "lean", *, int8: bool = False) -> Self:
         """Ready loaded networks for drawing, in the dtype and place they have now.

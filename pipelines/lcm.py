@@ -74,7 +74,7 @@ class _Jumps(OrderedScheduler):
             raise ValueError(f"timesteps must fall, between {last} and 0, not be {chosen}")
         self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
         self._walk = chosen
-        self._index = 0
+        self._index = self._begin = 0
         self.denoised = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
@@ -118,6 +118,9 @@ class _Jumps(OrderedScheduler):
     def boundary(self, timestep: int) -> tuple[float, float]:
         """How much of the latents and of the network's picture is taken: c_skip, c_out."""
         raise NotImplementedError
+
+    def _level(self, index: int) -> tuple[float, float]:
+        return self._alpha_sigma(self._walk[index])
 
     def _alpha_sigma(self, timestep: int) -> tuple[float, float]:
         """Both in float64, where alpha^2 + sigma^2 = 1."""

@@ -48,11 +48,19 @@ def prepare(network: nn.Module, *, int8: bool = False) -> list[str]:
     `int8` quantises the large layers first, which does change results: see `pipelines.int8`. Such a network
     can be neither saved nor restored.
 
-    Raises ValueError for a network without blocks, or without layers large enough for int8.
+    Of a network whose weights stay elsewhere (`pipelines.streaming`) only the norms change.
+
+    Raises ValueError for a network without blocks, without layers large enough for int8, or without weights
+    that could be quantised.
     """
     blocks = _blocks(network)
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no transformer blocks to make ready")
+    if getattr(network, "streamed_on", None) is not None:
+        if int8:
+            raise ValueError("weights that stay elsewhere until they are called cannot be quantised")
+        _norms(network, True)
+        return ["norms"]
     done = []
     unfused = [block.attn1 for block in blocks if block.attn1.to_qkv is None]
     for layer in unfused:

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from pipelines import Step, attention, components, schedulers, step_savers
 from pipelines.bins import BINS
+from pipelines.canvas import kept_steps
+from pipelines.image_to_image import STRENGTH
 from pipelines.latent_images import Generators, ImagePipelineOutput, Predict, check_choice
 from pipelines.lcm import LCMSolver, OneStep
 from pipelines.models.hed import CONTROL_KINDS, EDGES, HED, control_picture, edges_at, load_hed, rgb
@@ -121,7 +123,7 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         torch_dtype: torch.dtype | None = None,  # None: as stored
         device: torch.device | str | None = None,  # None: the CPU
         own_parts: bool = True,  # False: diffusers' and transformers' classes for all but the transformer
-        stream_text_encoder: bool = False,  # leave it in its file, and read each layer when it is called
+        offload: Mapping[str, str] | None = None,  # parts that stay elsewhere: see `pipelines.streaming`
     ) -> Self:
         """Read a diffusers folder of either family, and `controlnet/` and `hed/` where they lie beside.
 
@@ -130,14 +132,13 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         """
         folder = Path(folder)
         options: dict[str, Any] = {"torch_dtype": torch_dtype, "device": device}
-        pipeline = super().from_pretrained(
-            folder, own_parts=own_parts, stream_text_encoder=stream_text_encoder, **options
-        )
+        pipeline = super().from_pretrained(folder, own_parts=own_parts, offload=offload, **options)
         index = read_json(folder / "model_index.json")
         pipeline.family = index["_class_name"]
         # The converter of published weights writes the folder only; it cannot know the index.
         if index.get("controlnet") not in (None, [None, None]) or (folder / "controlnet").is_dir():
-            controlnet = components.load(folder / "controlnet", "PixArtControlNet", **options)
+            where = (offload or {}).get("controlnet")
+            controlnet = components.load(folder / "controlnet", "PixArtControlNet", offload=where, **options)
             try:
                 pipeline.attach(controlnet)
             except ValueError as error:
@@ -240,6 +241,9 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
         settled = self._settle(scheduler, num_inference_steps, guidance_scale, max_sequence_length)
         super().check(prompt, timesteps=timesteps, **settled, **options)
         steps = settled["num_inference_steps"] if timesteps is None else len(timesteps)
+        laid_out = self.canvas_of(**options)
+        if laid_out is not None and not laid_out.grown:
+            steps = kept_steps(steps, options.get("strength", STRENGTH)) or steps
         check_choice("micro_ratio", micro_ratio, MICRO_RATIOS)
         if micro_ratio == "bin" and self.transformer.config.micro_conditions and self.native_size not in BINS:
             raise ValueError(
@@ -263,6 +267,15 @@ class PixArtDeltaPipeline(PixArtSigmaPipeline):
                 f"none of {steps} steps lies between control_guidance_start {control_guidance_start!r} "
                 f"and control_guidance_end {control_guidance_end!r}"
             )
+        if options.get("hires") is not None:
+            size = (options.get("height"), options.get("width")) if laid_out is None else laid_out.size
+            drawn = self.drawn_size(*size, options.get("use_resolution_binning", True))
+            larger = self.hires_size(drawn, options["hires"])
+            if self._hires_tile(larger, options.get("hires_tile")) is not None:
+                raise ValueError(
+                    f"control_image steers a picture as a whole, and hires of {larger[1]} x {larger[0]} is "
+                    "drawn in tiles; leave the control_image out, or take a smaller hires"
+                )
         if controlnet_conditioning_scale != 0:
             step_savers.check_control(step_savers.parse(options.get("savers", ())))
         self._check_control(control_image, control_kind)

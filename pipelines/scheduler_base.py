@@ -144,6 +144,24 @@ class OrderedScheduler(Scheduler):
         self.alphas_cumprod = self.config.signal(torch.float32)
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
         self._index = 0
+        self._begin = 0
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Walk from this timestep on instead of the first; `add_noise` brings a picture there. To be called
+        after `set_timesteps`, which starts over."""
+        if not 0 <= begin_index < len(self.timesteps):
+            raise ValueError(f"there are {len(self.timesteps)} timesteps; none is number {begin_index}")
+        self._begin = self._index = begin_index
+        self.denoised = None
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Pictures as they are at a timestep of the walk, which is one number in a tensor."""
+        alpha, sigma = self._level(self.timesteps.tolist().index(timesteps.item()))
+        return (alpha * original_samples.float() + sigma * noise.float()).to(original_samples.dtype)
+
+    def _level(self, index: int) -> tuple[float, float]:
+        """alpha and sigma at a timestep of the walk, where alpha^2 + sigma^2 = 1."""
+        raise NotImplementedError
 
     def _chosen(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> list[int]:
         if num_inference_steps is None and timesteps is not None:

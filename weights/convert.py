@@ -11,7 +11,7 @@ Pickles are opened here and nowhere else, and only for tensors (`weights_only=Tr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -440,6 +440,110 @@ def convert(state: State, kind: str, given: Mapping[str, Any] | None = None) -> 
         raise ConversionError(f"no family called {kind!r}; there are {', '.join(FAMILIES)}")
     given = dict(given or {})
     return FAMILIES[kind](unwrap(state, averaged=bool(given.get("use_ema", True))), given)
+
+
+# ------------------------------------------------------------------------- reading names, and no tensors
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Stands for a tensor of which name and shape are known, or for some of its rows: all that rules ask."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def chunk(self, parts: int) -> tuple[Rows, ...]:
+        return (Rows(self.name, (self.shape[0] // parts, *self.shape[1:])),) * parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renaming:
+    """How a file with a transformer can be read in place, under our names."""
+
+    layout: str  # "official" or "diffusers"
+    config: dict[str, Any]
+    names: dict[str, tuple[str, ...]]  # in the file -> ours; several: equal parts of its rows; none: idle
+    shapes: dict[str, tuple[int, ...]]  # our names -> shapes
+    elsewhere: tuple[str, ...]  # tensors of other networks in the file
+    facts: dict[str, Any]
+
+
+# By which a PixArt transformer is known in a file, whatever stands before its names
+_ANCHORS = {"official": "x_embedder.proj.weight", "diffusers": "pos_embed.proj.weight"}
+# Other networks in one file with it, as ComfyUI saves whole checkpoints
+_ELSEWHERE = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
+
+
+def prefixes(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(layout, what stands before the names) of each transformer whose names are among these."""
+    return [
+        (layout, name.removesuffix(anchor))
+        for layout, anchor in _ANCHORS.items()
+        for name in sorted(names)
+        if name == anchor or name.endswith(f".{anchor}")
+    ]
+
+
+def pixart_names(shapes: Mapping[str, tuple[int, ...]], kind: str, given: Mapping[str, Any]) -> Renaming:
+    """The names of a file with a PixArt transformer, in the official layout or in diffusers', with or without
+    a prefix as ComfyUI has it. `kind`: pixart-sigma or pixart-alpha; `given` as for `convert`.
+
+    Raises ConversionError, listing them, when tensors are missing or left over, or when the configuration
+    cannot be told.
+    """
+    found = prefixes(shapes)
+    if len(found) != 1:
+        shown = ", ".join([*sorted(shapes)[:5], "..."] if len(shapes) > 5 else sorted(shapes)) or "none"
+        there = f"there are {len(found) or 'no'} PixArt transformers"
+        raise ConversionError(f"{there} among its {len(shapes)} tensors: {shown}")
+    [(layout, prefix)] = found
+    other = tuple(name for name in shapes if prefix and name.startswith(_ELSEWHERE))
+    state = {
+        (name[len(prefix) :] if name.startswith(prefix) else name): Rows(name, tuple(shape))
+        for name, shape in shapes.items()
+        if name not in other
+    }
+    official: Mapping[str, Any] = state if layout == "official" else _official(state)
+    conversion = FAMILIES[kind](official, given)  # rules ask no more than Rows knows
+    (part,) = conversion.parts
+    ours: dict[str, Any] = {**part.state} if layout == "official" else state
+    names: dict[str, tuple[str, ...]] = dict.fromkeys(other, ())
+    if layout == "official":
+        names |= {state[name].name: () for name in conversion.dropped}
+    for name, rows in ours.items():
+        names[rows.name] = (*names.get(rows.name, ()), name)
+    return Renaming(
+        layout=layout,
+        config=part.config,
+        names=names,
+        shapes={name: tuple(rows.shape) for name, rows in ours.items()},
+        elsewhere=other,
+        facts=conversion.facts,
+    )
+
+
+def _official(state: Mapping[str, Rows]) -> dict[str, Rows]:
+    """Our names of a PixArt transformer back to the official ones, with the shapes of joined matrices. Names
+    that are not ours stay, so that the rules can refuse them."""
+    left = dict(state)
+    found: dict[str, Rows] = {}
+    blocks = count_blocks(state, "transformer_blocks.")  # type: ignore[arg-type]
+    places = [("", "", PIXART)]
+    places += [(f"blocks.{n}.", f"transformer_blocks.{n}.", PIXART_BLOCK) for n in range(blocks)]
+    for official, ours, rules in places:
+        for rule in rules:
+            pieces = [left.pop(ours + name, None) for name in rule.ours]
+            there = [piece for piece in pieces if piece is not None]
+            if there and len(there) == len(pieces):
+                rows = sum(piece.shape[0] for piece in there)
+                found[official + rule.official] = Rows(official + rule.official, (rows, *there[0].shape[1:]))
+            else:  # named as missing, and these as left over
+                left |= {piece.name: piece for piece in there}
+    return found | left
 
 
 # --------------------------------------------------------------------------------------- reading files

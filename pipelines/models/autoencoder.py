@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipelines.attention import Attend, sdpa_attention
 from pipelines.models.network import Network
 
 EPSILON = 1e-6
@@ -106,11 +107,12 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.attend: Attend = sdpa_attention
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         y_BNC = self.group_norm(x_BCYX).flatten(2).transpose(1, 2)
         q, k, v = (layer(y_BNC)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
-        y_BNC = self.to_out[0](functional.scaled_dot_product_attention(q, k, v)[:, 0])
+        y_BNC = self.to_out[0](self.attend(q, k, v, None)[:, 0])
         return x_BCYX + y_BNC.transpose(1, 2).reshape(x_BCYX.shape)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Config = Any  # a frozen data class, one per network
+NAMES = ".names.json"  # after the name of a file of weights: how its tensors are called here
 
 
 class Network(nn.Module):
@@ -57,9 +58,32 @@ class Network(nn.Module):
     def _refuse_streamed(self, done: str) -> None:
         if self.streamed_on is not None:
             raise ValueError(
-                f"a {type(self).__name__} that leaves its weights in the file cannot be {done}; "
-                "load it without `stream`"
+                f"a {type(self).__name__} that leaves its weights elsewhere cannot be {done}; "
+                "load it without `offload`"
             )
+
+    _repeated_blocks: ClassVar[list[str]] = ["Block"]  # as diffusers names what repeats in a network
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Like diffusers' method, for its names and for ours: see `pipelines.attention`. Its own does nothing
+        for these families.
+
+        Raises ValueError for a name that is unknown or cannot run here.
+        """
+        from pipelines.attention import DIFFUSERS_NAMES, set_attention
+
+        set_attention(self, DIFFUSERS_NAMES.get(backend, backend))
+
+    def reset_attention_backend(self) -> None:
+        """Back to `auto`."""
+        self.set_attention_backend("auto")
+
+    def compile_repeated_blocks(self, cache: Path | str | None = None) -> None:
+        """Like diffusers' method: compile the blocks, once for all of them. `cache` is a folder that keeps
+        what was compiled, by default torch's own. Raises ValueError, see `pipelines.compiled`."""
+        from pipelines.compiled import compile_blocks
+
+        compile_blocks(self, cache)
 
     @classmethod
     def read_config(cls, folder: Path | str) -> Config:
@@ -94,7 +118,7 @@ class Network(nn.Module):
         *,
         torch_dtype: torch.dtype | None = None,  # None keeps what the file holds
         device: torch.device | str | None = None,
-        stream: bool = False,  # keep large layers in the file; see `pipelines.streaming`
+        offload: str | None = None,  # where large layers stay, "file" or "host": see `pipelines.streaming`
     ) -> Self:
         """Read configuration and weights, ready for inference.
 
@@ -104,11 +128,11 @@ class Network(nn.Module):
         folder = Path(folder)
         model = cls.empty(cls.read_config(folder))
         state = model.rename(read_tensors(folder, cls.weights_name))
-        if stream:
-            from pipelines import streaming
+        if offload is not None:
+            from pipelines.streaming import OFFLOAD
 
             model.check_shapes(state, folder)
-            streaming.stream(model, state, torch_dtype, device, folder)
+            OFFLOAD[offload](model, state, torch_dtype, device, folder)
             return model.eval()
         model.check_state(state, folder)
         # Moving one tensor at a time keeps the peak at one copy of the weights.
@@ -234,7 +258,24 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
             raise ValueError(f"{file} is missing (weights are read from safetensors only)") from error
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
-    return tensors
+    names = folder / f"{name}{NAMES}"
+    return renamed(tensors, read_json(names), names) if names.exists() else tensors
+
+
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    """Tensors of a file in another layout under our names, which `names` lists: one; several for equal parts
+    along the rows, which become views; none for what is not needed. Raises ValueError."""
+    if other := sorted(tensors.keys() ^ names.keys()):
+        raise ValueError(f"{source} and the file differ in {len(other)} names, such as {other[0]}")
+    ours: dict[str, Tensor] = {}
+    for name, targets in names.items():
+        if len(targets) == 1:
+            ours[targets[0]] = tensors[name]
+        elif targets:
+            if tensors[name].ndim == 0 or tensors[name].shape[0] % len(targets):
+                raise ValueError(f"{source}: {name} cannot be cut into {len(targets)} equal parts")
+            ours |= zip(targets, tensors[name].chunk(len(targets)), strict=True)
+    return ours
 
 
 def _frozen(value: Any) -> Any:

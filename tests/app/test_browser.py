@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from playwright.sync_api import Browser, Page, expect
 
 import gen
@@ -376,6 +376,64 @@ def test_a_control_image_shows_its_edges_steers_and_comes_back_from_the_history(
         expect(form.get_by_text("is not a picture that can be read here")).to_be_visible()
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("#message .message")).to_contain_text("is not a picture")
+
+
+def test_a_mask_is_painted_on_a_picture_and_only_there_it_is_drawn_anew(
+    browser: Browser, others: Server, tmp_path: Path
+):
+    pixels = np.random.default_rng(2).integers(0, 256, (96, 160, 3), "uint8")
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    with looking(browser, others.url, viewport={"width": 1280, "height": 1100}) as page:
+        choose(page, "pixart-sigma:toy")
+        form = page.locator("#form")
+        editor = form.locator("#pixart-sigma-mask")
+        expect(editor).to_be_hidden()
+        form.locator("#pixart-sigma-image input[type=file]").set_input_files(tmp_path / "noise.png")
+        expect(form.get_by_label("number input for Width")).to_have_value("160")
+        expect(form.get_by_label("number input for Height")).to_have_value("96")
+        canvas = editor.locator("canvas").first
+        expect(canvas).to_be_visible()
+        page.wait_for_timeout(1500)  # until the picture lies on it
+        form.locator("#pixart-sigma-prompt textarea").fill("painted over")
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + box["width"] * 0.40, middle)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.45, middle, steps=8)
+        page.mouse.up()
+        page.wait_for_timeout(1000)
+        page.get_by_role("button", name="Generate").click()
+        assert result(page) | {"seen": 0} == {"width": 160, "height": 96, "seen": 0}
+        expect(page.get_by_role("row", name=re.compile("^Mask picture"))).to_be_visible()
+        recipe = artifacts.read_recipe(others.files[-1])
+        mask = np.asarray(
+            Image.open(others.home / "inputs" / f"{recipe['request']['inputs']['mask']['sha256']}.png")
+        )
+        assert mask.shape == (96, 160)
+        rows, columns = np.nonzero(mask)
+        assert 0.01 < (mask > 0).mean() < 0.5, "as much as was painted"
+        assert abs(rows.mean() - 48) < 12 and columns.mean() < 80, "where it was painted"
+        drawn = np.asarray(Image.open(others.files[-1]).convert("RGB"))
+        differs = (drawn != pixels).any(axis=2)
+        assert differs[mask > 0].mean() > 0.9
+        reach = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(9))) > 0
+        assert not differs[~reach].any(), "what was not painted on stays in every bit"
+
+        reload(page)
+        page.locator("#history").get_by_role("button", name="painted over").first.click()
+        page.get_by_role("button", name="Use this recipe").click()
+        expect(editor.locator("canvas").first).to_be_visible()
+        page.wait_for_timeout(1500)
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#history").get_by_role("button", name="painted over")).to_have_count(2)
+        again = np.asarray(Image.open(others.files[-1]).convert("RGB"))
+        np.testing.assert_array_equal(drawn, again)
+
+        form.locator("#pixart-sigma-image").get_by_role(
+            "button", name=re.compile("remove|clear", re.I)
+        ).first.click()
+        expect(editor).to_be_hidden()
 
 
 def test_a_file_of_the_server_that_was_not_uploaded_cannot_be_named(others: Server, tmp_path: Path):

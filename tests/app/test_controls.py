@@ -75,11 +75,22 @@ def test_lines_of_the_form_pair_sliders_and_leave_writing_its_width():
     assert lines == [
         ["prompt"],
         ["negative_prompt"],
-        ["width", "height"],
-        ["steps", "guidance"],
+        ["style", "width"],
+        ["height", "steps"],
+        ["guidance"],
+        ["image"],
+        ["strength"],
+        ["mask"],
         ["seed"],
         ["count", "scheduler"],
-        ["null_caption"],
+        ["null_caption", "long_prompt"],
+        ["prompt_syntax", "lora"],
+        ["lora_scale", "mask_blur"],
+        ["mask_padding"],
+        ["outpaint"],
+        ["hires", "hires_strength"],
+        ["hires_steps", "hires_tile"],
+        ["hires_upscale"],
     ]
     lines = [[one.name for one in line] for line in page.in_lines(MODELS["dit"].inputs)]
     assert lines == [
@@ -87,7 +98,8 @@ def test_lines_of_the_form_pair_sliders_and_leave_writing_its_width():
         ["steps", "guidance"],
         ["seed"],
         ["count", "scheduler"],
-        ["guidance_channels"],
+        ["guidance_channels", "lora"],
+        ["lora_scale"],
     ]
 
 
@@ -120,3 +132,25 @@ def test_only_the_first_seed_says_that_it_is_random():
     assert controls.change(first)["placeholder"] == "random each time"
     assert controls.change(second)["placeholder"] == "none"
     assert "on the way" in controls.change(second)["info"]
+
+
+def test_adapters_are_chosen_from_a_list_or_typed_with_a_scale_and_are_no_paths(tmp_path):
+    from gen import adapters
+
+    (one,) = (one for one in MODELS["pixart-sigma"].inputs if one.kind == "lora")
+    one = replace(one, choices=("stars", "night"))
+    with gr.Blocks():
+        widget = controls.widget(one, "m")
+    assert isinstance(widget, gr.Dropdown) and widget.multiselect and widget.allow_custom_value
+    assert widget.preprocess([]) is None and widget.preprocess(None) is None
+    assert widget.preprocess(["stars=0.5", "night"]) == ["stars=0.5", "night"]
+    for sent in (["/etc/passwd"], ["stars", "../loras/x=1"], ["sta"]):
+        with pytest.raises(gr.Error, match="There is no LoRA"):
+            widget.preprocess(sent)
+    assert controls.change(one, "stars")["value"] == ["stars"]
+    shown = controls.change(one, ["/home/me/x=0.5", "night=1.0"])
+    assert shown["value"] == ["/home/me/x=0.5", "night=1.0"]
+    assert ("/home/me/x=0.5", "/home/me/x=0.5") in shown["choices"], "one's own recipe may name it"
+    adapters.home().mkdir(parents=True)
+    (adapters.home() / "later.safetensors").write_bytes(b"")
+    assert widget.preprocess(["later"]) == ["later"]

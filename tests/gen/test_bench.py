@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gen import bench, bench_report, bench_sides, cli, doctor, flops, gemm
+from gen import bench, bench_report, bench_sides, bench_subjects, cli, doctor, flops, gemm
 from gen.bench import CASES, SIDES, Line, Options
 from gen.errors import GenError
 from weights.registry import CHECKPOINTS
@@ -80,25 +80,44 @@ def counted(work) -> int:
 @torch.inference_mode()
 def test_the_count_of_pixart_is_what_torch_counts(tiny):
     case, _ = tiny
-    subject = bench_sides.PixArt(case, Options(), "cpu")
+    subject = bench_subjects.PixArt(case, Options(), "cpu")
     made = bench_sides.make(replace(SIDES["ours-fp32"], treatment="as loaded"), subject)
     made.model.set_attention("math")
     network, captions = made.model.transformer, torch.randn(1, 9, SMALL["caption_channels"])
     plain = counted(lambda: network(subject.latents(), captions, torch.tensor([5.0])))
     assert plain == flops.pixart(case.config, 8, 9)
-    step = subject.begin(made, 7)
+    step = subject.begin(made.side, made.model, 7)
     assert counted(lambda: step(0)) == flops.pixart_pair(case.config, 8, (1, 7))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@torch.inference_mode()
+def test_several_pictures_and_networks_that_are_told_the_size_answer_alike(tiny, guided):
+    """As distilled networks are drawn with: micro conditions, and without guidance."""
+    small = {**SMALL, "attention_head_dim": 24, "cross_attention_dim": 48, "use_additional_conditions": True}
+    told = config("pixart-delta-xl-1024", **small)
+    case = replace(tiny[0], config=told, guided=guided)
+    subject = bench_subjects.PixArt(case, Options(batch=3), "cpu")
+    answers = []
+    for name in ("diffusers-fp32", "ours-fp32", "ours-fp32-plain"):
+        made = bench_sides.make(SIDES[name], subject)
+        answers.append(made.call(subject.begin(made.side, made.model, 7))(2))
+    assert answers[0].shape == (3, 4, 8, 8)
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=0, atol=1e-5)
+    one = bench_subjects.PixArt(case, Options(), "cpu")
+    assert subject.flops(7) == {key: 3 * value for key, value in one.flops(7).items()}
 
 
 @torch.inference_mode()
 def test_the_count_of_dit_is_what_torch_counts(tiny):
     _, case = tiny
-    subject = bench_sides.DiT(case, Options(), "cpu")
+    subject = bench_subjects.DiT(case, Options(), "cpu")
     made = bench_sides.make(replace(SIDES["ours-fp32"], treatment="as loaded"), subject)
     made.model.set_attention("math")
     plain = counted(lambda: made.model.transformer(subject.latents(), torch.tensor([5.0]), torch.tensor([1])))
     assert plain == flops.dit(case.config, 8)
-    step = subject.begin(made, None)
+    step = subject.begin(made.side, made.model, None)
     step(0)  # computes the tables of all steps
     assert counted(lambda: step(1)) == flops.dit_pair(case.config, 8)
 
@@ -175,7 +194,7 @@ def test_pictures_are_equal_or_told_in_decibels():
 
 
 def test_sides_of_one_type_share_their_weights(tiny):
-    subject = bench_sides.PixArt(tiny[0], Options(), "cpu")
+    subject = bench_subjects.PixArt(tiny[0], Options(), "cpu")
     theirs = bench_sides.make(SIDES["diffusers-fp32"], subject).model
     ours = bench_sides.make(SIDES["ours-fp32-plain"], subject).model.transformer
     key = "transformer_blocks.1.ff.net.0.proj.weight"
@@ -190,7 +209,7 @@ def test_a_treatment_that_turns_a_switch_does_not_disturb_the_other_sides(tiny, 
     monkeypatch.setitem(bench_sides.TREATMENTS, "lean", bench_sides.Treatment(apply=apply))
     before = gemm.float32_precision()
     assert before != "bf16"
-    made = bench_sides.make(SIDES["ours-fp32"], bench_sides.PixArt(tiny[0], Options(), "cpu"))
+    made = bench_sides.make(SIDES["ours-fp32"], bench_subjects.PixArt(tiny[0], Options(), "cpu"))
     assert gemm.float32_precision() == before
     seen = []
     made.call(lambda index: seen.append(gemm.float32_precision()))(0)
@@ -206,13 +225,13 @@ def test_a_side_that_the_network_is_too_small_for_says_so_and_the_others_run(tin
 
 
 def test_layers_and_size_change_the_network_that_is_measured(tiny):
-    subject = bench_sides.PixArt(tiny[0], Options(layers=1, size=96), "cpu")
+    subject = bench_subjects.PixArt(tiny[0], Options(layers=1, size=96), "cpu")
     assert len(subject.network().transformer_blocks) == 1
     assert subject.latents().shape[-2:] == (12, 12)
 
 
 def test_packed_weights_are_counted_too(tiny):
-    subject = bench_sides.PixArt(tiny[0], Options(), "cpu")
+    subject = bench_subjects.PixArt(tiny[0], Options(), "cpu")
     plain = bench_sides.make(SIDES["ours-fp32-plain"], subject).networks[0]
     bytes = sum(one.numel() * 4 for one in plain.parameters())
     assert bench_sides._bytes(plain) == bytes
@@ -289,7 +308,8 @@ def test_first_pictures_come_from_fresh_processes():
         (["toy"], {"sides": ("ours",)}, "There is no side 'ours'"),
         (["toy"], {"tokens": (5,)}, "toy takes no --tokens"),
         (["cold", "toy"], {"layers": 2}, "cold, toy takes no --layers"),
-        (["dit-xl-256"], {"size": 100}, "100 pixels cannot be drawn"),
+        (["pixart-sigma-xl-256"], {"size": 100}, "100 pixels cannot be drawn"),
+        (["dit-xl-256"], {"size": 128}, "takes no --size"),
         (["pixart-sigma-xl-256"], {"tokens": (5, 301)}, "cannot have 301 tokens"),
         (["pixart-sigma-xl-256"], {"tokens": (0, 5)}, "cannot have 0 tokens"),
         (["toy"], {"size": 512}, "toy cannot be drawn at 512 pixels"),

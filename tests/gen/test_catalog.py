@@ -105,14 +105,14 @@ def test_weights_that_are_not_here_are_said_to_be_so_with_a_way_to_get_them(inst
     with pytest.raises(GenError, match="not on this machine") as caught:
         catalog.choose(MODELS["pixart-sigma"], "1024")
     assert caught.value.code == "not_installed"
-    assert "hf download PixArt-alpha/PixArt-Sigma-XL-2-1024-MS" in caught.value.hint
+    assert "gen pull pixart-sigma:1024" in caught.value.hint
 
 
 def test_a_value_the_model_does_not_take_names_those_that_do(installed):
     with pytest.raises(GenError, match="takes no option 'stepps'") as caught:
         Request.build("pixart-sigma", {"prompt": "x", "stepps": 3})
     assert caught.value.code == "unknown_option"
-    assert caught.value.hint == "Did you mean steps?"
+    assert caught.value.hint == "Did you mean steps, hires_steps, style?"
     narrow = replace(
         MODELS["pixart-sigma"], name="narrow", inputs=(catalog.PROMPT, catalog.SEED, catalog.COUNT)
     )

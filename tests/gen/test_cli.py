@@ -249,7 +249,7 @@ def test_preferences_do_not_change_a_repeated_picture(gen, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[run]\nstepps = 3\n", "Did you mean steps?"),
+        ("[run]\nstepps = 3\n", "Did you mean steps"),
         ("[rum]\nsteps = 3\n", "Did you mean run?"),
         ("steps = 3\n", "is not a table"),
         ("[run]\nprompt = 'x'\n", "knows no 'prompt'"),

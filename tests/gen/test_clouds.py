@@ -242,6 +242,14 @@ def test_a_name_of_ones_own_is_taken_by_all_files(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".gen")] == []
 
 
+def test_a_name_that_is_taken_beside_is_refused_before_any_work(tmp_path):
+    (tmp_path / "mine.ply").write_text("another's")
+    events = engine.run(build(), Settings(output=tmp_path / "mine.glb"))
+    with pytest.raises(GenError, match=r"mine\.ply exists already"):
+        next(events)
+    assert [path.name for path in tmp_path.glob("mine*")] == ["mine.ply"]
+
+
 def test_history_list_show_and_plans_know_clouds(capsys):
     assert run("chair", *SMALL) == 0
     capsys.readouterr()

@@ -287,7 +287,7 @@ def test_a_published_lora_that_is_not_here_tells_how_to_get_it():
     with pytest.raises(GenError) as caught:
         build(lora="pixart-delta-xl-1024-lora")
     assert caught.value.code == "not_installed"
-    assert "hf download PixArt-alpha/PixArt-LCM-LoRA-XL-2-1024-MS" in caught.value.hint
+    assert "gen pull pixart-delta-xl-1024-lora" in caught.value.hint
 
 
 def test_a_stranger_names_no_lora_by_its_path(lora):

@@ -33,7 +33,7 @@ ROWS = {
     "products": {"device", "dtype", "way", "tflops", "error"},
     "attention": {"device", "name", "summary", "limits", "missing"},
     "packages": {"name", "version", "gives", "get"},
-    "weights": {"name", "installed", "damaged", "whole", "parameters", "dtype", "bytes", "fits"},
+    "weights": {"name", "installed", "damaged", "whole", "parameters", "dtype", "bytes", "fits", "plan"},
 }
 
 
@@ -100,6 +100,7 @@ def test_installed_weights_are_counted_and_held_against_the_memory(monkeypatch):
     (toy,) = (row for row in doctor.weights() if row["name"] == "pixart-sigma:toy")
     assert toy["installed"] and toy["whole"] and toy["fits"]
     assert toy["bytes"] == toy["parameters"] * getattr(torch, toy["dtype"]).itemsize
+    assert toy["plan"]["peak_bytes"] > toy["bytes"] == sum(toy["plan"]["weights_bytes"].values())
     monkeypatch.setattr(doctor, "available_memory", lambda device: toy["bytes"] - 1)
     found = doctor.examine(probe=False)
     assert any("pixart-sigma:toy" in one and "smaller weights" in one for one in found["problems"])

@@ -116,6 +116,9 @@ def test_the_recipe_says_what_made_the_picture(draw, tiny_toy_folder):
     assert set(recipe["seconds"]) == {"loading", "encoding", "denoising", "decoding"}
     assert recipe["settings"]["dtype"] in ("float32", "bfloat16")
     assert recipe["machine"]["threads"] >= 1
+    planned = recipe["memory"]["planned"]
+    assert sum(planned["weights_bytes"].values()) == 4 * store.parameters(tiny_toy_folder)
+    assert recipe["memory"]["peak_bytes"] > planned["peak_bytes"] - planned["error_bytes"]
 
 
 def test_the_row_in_the_library_has_the_same_facts(draw):

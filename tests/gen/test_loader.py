@@ -3,6 +3,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from gen import loader
@@ -148,11 +149,39 @@ def test_networks_are_made_ready_unless_plain_is_asked_for(tiny_toy_folder: Path
 def test_a_text_encoder_that_would_fill_the_memory_stays_on_disk(
     tiny_toy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert loader.load(ROW, tiny_toy_folder, CPU).streamed == ()
+    assert loader.load(ROW, tiny_toy_folder, CPU).offloaded == {}
     least = loader.load(ROW, tiny_toy_folder, Settings(device="cpu", memory="least"))
-    assert least.streamed == ("text_encoder",) and least.pipeline.text_encoder.streamed_on is not None
-    whole = loader.needs(tiny_toy_folder, "float32", False)
+    assert least.offloaded == {"text_encoder": "file"}
+    assert least.pipeline.text_encoder.streamed_on is not None
+    whole = loader.needs(tiny_toy_folder, "float32", {})
     assert least.bytes < whole
     monkeypatch.setattr(loader, "memory", lambda _: int(whole / loader.ROOM) - 10)
-    assert loader.must_stream(tiny_toy_folder, "cpu", "float32")
-    assert not loader.must_stream(tiny_toy_folder, "cpu", "bfloat16")
+    assert loader.offloads(tiny_toy_folder, "cpu", "float32") == {"text_encoder": "file"}
+    assert loader.offloads(tiny_toy_folder, "cpu", "bfloat16") == {}
+
+
+def test_all_networks_may_stay_on_disk(tiny_toy_folder: Path) -> None:
+    whole = loader.load(ROW, tiny_toy_folder, CPU)
+    sequential = loader.load(ROW, tiny_toy_folder, Settings(device="cpu", memory="sequential"))
+    assert sequential.offloaded == {"text_encoder": "file", "transformer": "file"}
+    draw = {"num_inference_steps": 2, "output_type": "pt", "height": 64, "width": 64}
+    pictures = [
+        one.pipeline("a red cube", generator=torch.manual_seed(0), **draw).images
+        for one in (whole, sequential)
+    ]
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-4)  # one of them with joined and packed layers
+
+
+def test_wishes_that_mean_nothing_are_refused(tiny_toy_folder: Path, tiny_dit_folder: Path) -> None:
+    with pytest.raises(GenError, match="no text encoder") as least:
+        loader.offloads(tiny_dit_folder, "cpu", "float32", "least")
+    assert least.value.code == "bad_input" and "sequential" in least.value.hint
+    assert loader.offloads(tiny_dit_folder, "cpu", "float32", "sequential") == {"transformer": "file"}
+    with pytest.raises(GenError, match="outside of a GPU"):
+        loader.offloads(tiny_toy_folder, "cpu", "float32", "group")
+    assert loader.offloads(tiny_toy_folder, "cuda", "float32", "group") == {
+        "text_encoder": "file",
+        "transformer": "host",
+    }
+    with pytest.raises(GenError, match="neither quantised nor compiled"):
+        Settings(memory="sequential", quantize="int8")

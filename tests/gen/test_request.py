@@ -26,6 +26,16 @@ def test_a_request_is_complete_after_building():
         "guidance": 4.5,
         "scheduler": "default",
         "null_caption": "own",
+        "style": "none",
+        "long_prompt": "cut",
+        "prompt_syntax": "on",
+        **dict.fromkeys(("image", "mask", "mask_padding", "outpaint", "hires", "hires_steps", "hires_tile")),
+        "strength": 0.6,
+        "mask_blur": 4,
+        "hires_strength": 0.3,
+        "hires_upscale": "pixels",
+        "lora": None,
+        "lora_scale": 1.0,
     }
     assert 0 <= request.seed < 2**32
 

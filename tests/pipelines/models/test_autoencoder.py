@@ -100,3 +100,17 @@ def test_configurations_it_cannot_compute_are_left_to_diffusers(tmp_path: Path) 
     mixed = ["DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
     for change in ({"act_fn": "relu"}, {"down_block_types": mixed}, {"block_out_channels": [8, 16]}):
         assert not AutoencoderKL.supports(entries | change), change
+
+
+@torch.inference_mode()
+def test_the_attention_of_an_autoencoder_can_be_chosen() -> None:
+    ours, _ = twins()
+    ours.to(torch.bfloat16)
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = ours.float().decode(latents.float())[0]
+    errors = {}
+    for name in ("sdpa", "heads"):
+        ours.to(torch.bfloat16).set_attention_backend(name)
+        errors[name] = float((ours.decode(latents)[0].float() - exact).square().mean())
+    assert errors["heads"] != errors["sdpa"]  # it was another function
+    assert errors["heads"] < 1.5 * errors["sdpa"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines.attention import ATTENTION, chosen
 from pipelines.models.dit import DiTTransformer2DModel
 from pipelines.models.pixart import PixArtTransformer2DModel
 
@@ -120,3 +121,25 @@ def test_a_file_is_written_once_and_a_layout_that_is_not_known_leaves_nothing(
     with pytest.raises(TypeError, match="publsihed"):
         model.save_pretrained(tmp_path / "typo", publsihed=False)
     assert not (tmp_path / "typo").exists()
+
+
+def test_diffusers_names_of_attention_choose_it(folder: Path) -> None:
+    network = PixArtTransformer2DModel.from_pretrained(folder)
+    for theirs, ours in {"native": "sdpa", "_native_math": "math", "math": "math"}.items():
+        network.set_attention_backend(theirs)
+        assert chosen(network) == {"all": ours}
+    assert network.transformer_blocks[0].attn2.attend is ATTENTION["math"].attend
+    network.reset_attention_backend()
+    assert chosen(network) == {}  # auto: nothing computed yet
+    with pytest.raises(ValueError, match="no attention called 'nativ'"):
+        network.set_attention_backend("nativ")
+    with pytest.raises(ValueError, match="cannot run here"):
+        network.set_attention_backend("flash")
+
+
+def test_what_repeats_is_named_and_refused_where_it_cannot_be_compiled(folder: Path) -> None:
+    network = PixArtTransformer2DModel.from_pretrained(folder)
+    names = {type(module).__name__ for module in network.modules()}
+    assert set(network._repeated_blocks) <= names
+    with pytest.raises(ValueError, match="in training"):
+        network.train().compile_repeated_blocks()
