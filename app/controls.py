@@ -138,7 +138,9 @@ def on_picture(image: dict[str, str] | None, mask: dict[str, str] | None = None)
         layer = paint.convert("RGBA")
         layer.putalpha(paint)
         layers = [layer]
-    return gr.update(value={"background": picture, "layers": layers, "composite": picture}, visible=True)
+    shown = {"background": picture, "layers": layers, "composite": picture}
+    # Layers are put into the middle of the canvas as it was: it must be as large as they are
+    return gr.update(value=shown, canvas_size=picture.size, visible=True)
 
 
 PAINTED_AT = 768  # pixels of the longer side; what is painted is brought to the picture's own size

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
-from gen import pictures
 from gen.catalog import Model, choose, find
 from gen.errors import GenError
 from gen.library import Entry
-from gen.request import Event
+from gen.request import Event, value_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -252,7 +251,7 @@ def recipe(entry: Entry) -> str:
     facts = {
         "Model": f"{escape(entry.model)}:{escape(entry.weights)}" + (f" {badge()}" if entry.toy else ""),
         **{
-            labels.get(name, name): escape(pictures.words(value) if isinstance(value, dict) else f"{value}")
+            labels.get(name, name): escape(str(value_words(value)))
             for name, value in inputs.items()
             if value not in ("", None) and name not in idle
         },

@@ -12,10 +12,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gen import adapters, catalog, outputs, pictures, printing
+from gen import adapters, catalog, outputs, printing
 from gen.errors import GenError, cancelled
 from gen.progress import Progress, duration
-from gen.request import DEVICES, DTYPES, EXACT, MEMORY, QUANTIZE, Input, Request, Result, Settings
+from gen.request import (
+    DEVICES,
+    DTYPES,
+    EXACT,
+    MEMORY,
+    QUANTIZE,
+    Input,
+    Request,
+    Result,
+    Settings,
+    value_words,
+)
 
 TYPED = 3  # the rank of what stands on the command line itself
 RANKS = {ParameterSource.COMMANDLINE: TYPED, ParameterSource.ENVIRONMENT: 2, ParameterSource.DEFAULT_MAP: 1}
@@ -439,7 +450,7 @@ def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> N
         given = [(name, value) for name, value in request.inputs.items() if value is not None]
         facts = {
             "model": f"{request.model}:{request.weights}" + (" (TOY weights)" if plan["toy"] else ""),
-            **{name: _words(value) for name, value in given},
+            **{name: value_words(value) for name, value in given},
             "seed": request.seed,
             "count": request.count,
             "output": plan["output"],
@@ -447,13 +458,6 @@ def _show_plans(requests: list[Request], settings: Settings, as_json: bool) -> N
             "time": "not known before the first picture" if seconds is None else f"about {duration(seconds)}",
         }
         printing.line("\n".join(f"{name:<16} {value}" for name, value in facts.items()))
-
-
-def _words(value: Any) -> Any:
-    """A value of a request as a line of text."""
-    if isinstance(value, dict):
-        return pictures.words(value)
-    return ", ".join(value) if isinstance(value, list) else value
 
 
 def _memory_words(plan: Mapping[str, Any]) -> str:

@@ -416,7 +416,7 @@ p { margin: .3rem 0 1rem; color: var(--soft); max-width: 60rem; overflow-wrap: a
 .scroll { overflow-x: auto }
 table { border-collapse: separate; border-spacing: 10px }
 caption { text-align: left; color: var(--soft) }
-th { font-weight: 600; overflow-wrap: anywhere; max-width: 18rem }
+th { font-weight: 600; overflow-wrap: break-word; min-width: 7rem; max-width: 18rem }
 th[scope=row] { text-align: left; position: sticky; left: 0; background: var(--paper); padding-right: .5rem }
 thead th { vertical-align: bottom }
 td { text-align: center; vertical-align: middle }
@@ -432,7 +432,7 @@ def _page(grid: Grid, cells: Mapping[str, Any]) -> str:
     """The same as a page: a table with headers, every picture a link to itself."""
     by_place = {(cell.column, cell.row): cell for cell in grid.cells}
     columns = range(len(grid.x.values))
-    corner = f"<td>{escape(grid.y.name)} \\ {escape(grid.x.name)}</td>" if grid.y else ""
+    corner = "<td></td>" if grid.y else ""
     head = "".join(f'<th scope="col">{escape(grid.x.label(column))}</th>' for column in columns)
     body = []
     for row in range(len(grid.y.values) if grid.y else 1):

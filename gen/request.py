@@ -98,6 +98,15 @@ class Input:
         return {name: value for name, value in shown.items() if value is not None}
 
 
+def value_words(value: Any) -> Any:
+    """A value of a request as a line of text."""
+    if isinstance(value, dict):
+        from gen import pictures
+
+        return pictures.words(value)
+    return ", ".join(value) if isinstance(value, list) else value
+
+
 def left_out(value: Any) -> bool:
     """None and empty text; an array is asked nothing."""
     return value is None or (isinstance(value, str) and not value)

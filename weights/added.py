@@ -262,7 +262,7 @@ def prepare(one: Added) -> Path:
         raise CorruptWeights(words)
     folder = place(one)
     assert folder is not None, f"{one.key} is not here: ask `place` first"
-    return folder if folder == one.path else store.assemble(folder, _plan(one))
+    return folder if folder == one.path else store.assemble(folder, plan(one))
 
 
 def _assembled(one: Added) -> Path:
@@ -274,7 +274,7 @@ def _assembled(one: Added) -> Path:
     return store.home() / "assembled" / one.key / digest.hexdigest()[:12]
 
 
-def _plan(one: Added) -> dict[str, Path | str]:
+def plan(one: Added) -> dict[str, Path | str]:
     """File of the folder -> the file it is a link to, or its text."""
     if not one.alone:
         plan: dict[str, Path | str] = {

@@ -130,7 +130,7 @@ def files(key: str) -> dict[str, Path]:
     if key not in registry.CHECKPOINTS:
         from weights import added
 
-        plan = added._plan(added.row(key))
+        plan = added.plan(added.row(key))
     elif folder == _own(registry.CHECKPOINTS[key]):
         return {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     else:

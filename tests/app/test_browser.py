@@ -383,7 +383,7 @@ def test_a_mask_is_painted_on_a_picture_and_only_there_it_is_drawn_anew(
 ):
     pixels = np.random.default_rng(2).integers(0, 256, (96, 160, 3), "uint8")
     Image.fromarray(pixels).save(tmp_path / "noise.png")
-    with looking(browser, others.url, viewport={"width": 1280, "height": 1100}) as page:
+    with looking(browser, others.url, painting=True, viewport={"width": 1280, "height": 1100}) as page:
         choose(page, "pixart-sigma:toy")
         form = page.locator("#form")
         editor = form.locator("#pixart-sigma-mask")

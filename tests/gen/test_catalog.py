@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from gen import catalog, loader
-from gen.catalog import MODELS
+from gen.catalog import MODELS, published
 from gen.errors import GenError
 from gen.request import CHECKS, Request
 from weights.registry import CHECKPOINTS
@@ -14,7 +14,7 @@ from weights.registry import CHECKPOINTS
 ROWS = pytest.mark.parametrize("row", MODELS.values(), ids=MODELS)
 WEIGHTS = pytest.mark.parametrize(
     ("row", "tag"),
-    [pytest.param(row, tag, id=f"{row.name}:{tag}") for row in MODELS.values() for tag in row.weights],
+    [pytest.param(row, tag, id=f"{row.name}:{tag}") for row in MODELS.values() for tag in published(row)],
 )
 
 

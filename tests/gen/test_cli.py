@@ -250,7 +250,7 @@ def test_preferences_do_not_change_a_repeated_picture(gen, monkeypatch):
     ("text", "words"),
     [
         ("[run]\nstepps = 3\n", "Did you mean steps"),
-        ("[rum]\nsteps = 3\n", "Did you mean run?"),
+        ("[runn]\nsteps = 3\n", "Did you mean run?"),
         ("steps = 3\n", "is not a table"),
         ("[run]\nprompt = 'x'\n", "knows no 'prompt'"),
         ("[run\n", "cannot be read"),
@@ -310,7 +310,7 @@ def test_a_mistake_in_gen_toml_is_not_idle(gen, tmp_path, monkeypatch, text, wor
         (["run", "pixart-sigma", "x", "-o", "/dev/null/below"], 1, "Cannot write to /dev/null/below"),
         (["run", "pixart-sigma", "x", "-o", "picture.jpg"], 2, "Say picture.png"),
         (["run", "pixart-sigma", "x", "-o", "bytes\udcff"], 2, "is not text"),
-        (["rum"], 2, "Did you mean run?"),
+        (["runn"], 2, "Did you mean run?"),
         (["pixart-sigma", "a red cube"], 2, "gen run pixart-sigma PROMPT"),
         (["show", "nothing"], 2, "The models are"),
         (["history", "--limit", "0"], 2, "limit"),
