@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from benchmarks.run import commit
 from gen import evaluate, train_lora
+from gen.optim import bfloat16_units
 from gen.toy import lora_data
 from gen.toy.judge import CELL, Judge, Seen, augment, load_judge, verdict
 from gen.toy.words import Caption, describe
@@ -39,7 +40,7 @@ from pipelines.lora import WEIGHTS, load_lora, merge
 from pipelines.pixart_sigma import PixArtSigmaPipeline
 
 MODEL = "pixart-sigma:toy"
-STARS = 48  # prompts of each kind
+STARS = 32  # prompts of each kind
 ATTRIBUTES = {"shape": lora_data.NAMES, "colour": COLOURS, "size": SIZES, "material": MATERIALS}
 PARTS = {"there": 1, **{name: len(words) for name, words in ATTRIBUTES.items()}, "spot": 2, "place": 3}
 NONSENSE = ("zebra", "quux", "rats", "lamp")  # other words that the tokenizer must spell
@@ -61,7 +62,7 @@ class Reader:
             for to, of in ((new.weight, old.weight), (new.bias, old.bias)):
                 to[keep] = of
 
-    def learn(self, file: Path, count: int = 1600, steps: int = 400) -> None:
+    def learn(self, file: Path, count: int = 800, steps: int = 160) -> None:
         """From renders, half of which have been through the autoencoder; or from the last time's file."""
         if file.exists():
             self.network.load_state_dict(load_file(file))
@@ -80,7 +81,8 @@ class Reader:
             chosen = place[truth["scene"]] >= 0
             of = {name: values[chosen] for name, values in truth.items()}
             at = (place[of["scene"]], of["row"], of["column"])
-            parts = self.parts(augment(pictures[picks]))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_units("cpu")):
+                parts = {name: part.float() for name, part in self.parts(augment(pictures[picks])).items()}
             there = torch.zeros_like(parts["there"][:, 0])
             there[at] = 1
             logits = parts["there"][:, 0]
@@ -208,7 +210,7 @@ def measure(pipeline: PixArtSigmaPipeline, reader: Reader, count: int) -> tuple[
     return column, torch.cat(shown)
 
 
-def ceiling(reader: Reader, count: int = 300) -> list[str]:
+def ceiling(reader: Reader, count: int = 200) -> list[str]:
     """How often the readers are right about real pictures."""
     import random
 
@@ -235,7 +237,7 @@ def ceiling(reader: Reader, count: int = 300) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for pictures and training, default a fresh one")
-    parser.add_argument("--count", type=int, default=256, help="ordinary prompts")
+    parser.add_argument("--count", type=int, default=128, help="ordinary prompts")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float)

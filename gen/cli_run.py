@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gen import adapters, catalog, outputs, printing
+from gen import adapters, catalog, outputs, printing, prompts
 from gen.errors import GenError, cancelled
 from gen.progress import Progress, duration
 from gen.request import (
@@ -230,7 +230,7 @@ def _requests(
     texts = _texts(params["words"], params["prompt"], params["prompts"])
     seeds = params["seed"] or (None,)
     if recipe:
-        values = {**recipe["request"]["inputs"], **values}
+        values = {**prompts.as_recorded(recipe["request"]["inputs"]), **values}
         seeds = params["seed"] or (recipe["request"]["seed"],)
     elif not texts and row.subject not in values:
         raise GenError(

@@ -49,7 +49,7 @@ FEW = 2  # pictures; with fewer there is a warning
 # Of the rows that keep the rest: with the empty caption, which guidance leans on, and with another row's, for
 # what the network answers is to stay the same whatever it is shown and told.
 EMPTY, SWAPPED = 0.1, 0.25
-HOLD = 4.0  # weight of drift: a fraction of the error that is learnt away, and guidance multiplies it
+HOLD = 2.0  # weight of drift: a fraction of the error that is learnt away, and guidance multiplies it
 KEPT_STEPS = 20  # in which pictures to keep are drawn
 MOST_KEPT = 200
 CHECKPOINT = "lora"  # the task's name, and its file's
@@ -97,7 +97,7 @@ def train(
     row, tag, facts, weights = _weights(model)
     plan = _filled(plan, facts, keep_prompts)
     found = captioned.read_folder(folder, trigger, smallest=max(16, facts.native_size // 4))
-    kept = _kept_prompts(facts, keep_prompts, plan, len(found))
+    kept = _kept_prompts(facts, keep_prompts, plan, [one.caption for one in found])
     work = _work(output)
     _check_output(output)
     about = {
@@ -191,7 +191,9 @@ def _filled(plan: Plan, facts: registry.Checkpoint, keep_prompts: Path | None) -
     )
 
 
-def _kept_prompts(facts: registry.Checkpoint, file: Path | None, plan: Plan, pictures: int) -> list[str]:
+def _kept_prompts(
+    facts: registry.Checkpoint, file: Path | None, plan: Plan, captions: Sequence[str]
+) -> list[str]:
     """What the rest is: the lines of the file; for the embedded weights, captions of their own world."""
     if not plan.keep_rest:
         return []
@@ -199,11 +201,12 @@ def _kept_prompts(facts: registry.Checkpoint, file: Path | None, plan: Plan, pic
         from gen.toy.words import describe
         from gen.toy.world import scenes
 
-        count = min(MOST_KEPT, 4 * pictures)
+        count = min(MOST_KEPT, 4 * len(captions))
         rng = random.Random(f"keep:{plan.seed}")
         stream = scenes(plan.seed, start=10**6)  # far from those that other trainings see
         return [
-            _nonsense(rng) if number % 8 == 7 else describe(next(stream), rng).text for number in range(count)
+            (number % 8 == 7 and _nonsense(rng.choice(captions), rng)) or describe(next(stream), rng).text
+            for number in range(count)
         ]
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
@@ -218,13 +221,21 @@ def _kept_prompts(facts: registry.Checkpoint, file: Path | None, plan: Plan, pic
     return [line for line in lines if line]
 
 
-def _nonsense(rng: random.Random) -> str:
-    """A colour and a word that means nothing. The toy tokenizer spells unknown words, so that without these
-    every one of them would come to mean what is learnt."""
-    from gen.toy.world import COLOURS
+def _nonsense(caption: str, rng: random.Random) -> str:
+    """The caption with other letters in the place of words that the toy world does not know; "" without such.
 
-    letters = "".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(3, 7)))
-    return f"a {rng.choice(COLOURS)} {letters}"
+    The toy tokenizer spells unknown words, so that each of them would come to mean what is learnt. In the
+    same captions as the new word, so that only the word tells the two apart.
+    """
+    from gen.toy.pixart import vocabulary
+
+    known = {piece.removeprefix("▁") for piece, _ in vocabulary()}
+    words = caption.lower().split()
+    strange = [word.strip(".,;:!?") not in known for word in words]
+    if not any(strange):
+        return ""
+    letters = ("".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(3, 7))) for _ in words)
+    return " ".join(other if new else word for word, new, other in zip(words, strange, letters, strict=True))
 
 
 def _notes(
