@@ -237,6 +237,8 @@ def parameters_text(recipe: dict[str, Any]) -> str:
         "CFG scale": inputs.get("guidance"),
         "Seed": request["seed"],
         "Size": f"{inputs['width']}x{inputs['height']}" if "width" in inputs else None,
+        "Denoising strength": inputs.get("strength") if inputs.get("image") else None,
+        "Hires upscale": inputs.get("hires"),
         "Model hash": weights["fingerprint"],
         "Model": weights["key"],
         "Version": f"gen-studio {recipe['versions']['gen']}",

@@ -132,6 +132,7 @@ STYLE = Input(
     argument="",
     default=prompts.NO_STYLE,
     choices=(prompts.NO_STYLE, *prompts.STYLES),
+    advanced=True,
 )
 LONG_PROMPT = Input(
     name="long_prompt",

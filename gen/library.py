@@ -184,14 +184,18 @@ class Typical:
 
 
 def typical(model: str, weights: str, inputs: Mapping[str, Any], native: int | None) -> Typical | None:
-    """What the last results of the same size and steps took, or None without any. `native`: pixels per side
-    of models that draw in one size; None for what is not measured in pixels."""
+    """What the last results took of which the same size and steps were asked, or None without any. `native`:
+    pixels per side of models that draw in one size; None for what is not measured in pixels."""
     width, height = inputs.get("width", native), inputs.get("height", native)
     rows = _select(
-        "WHERE model = ? AND weights = ? AND width = IFNULL(?, width) AND height = IFNULL(?, height) "
+        "WHERE model = ? AND weights = ? "
+        "AND IFNULL(json_extract(recipe, '$.request.inputs.width'), width) = IFNULL(?, width) "
+        "AND IFNULL(json_extract(recipe, '$.request.inputs.height'), height) = IFNULL(?, height) "
         "AND json_extract(recipe, '$.request.inputs.points') IS ? "
+        "AND json_extract(recipe, '$.request.inputs.hires') IS ? "
+        "AND json_extract(recipe, '$.request.inputs.outpaint') IS ? "
         "AND json_extract(recipe, '$.request.inputs.steps') = ? ORDER BY created DESC LIMIT 9",
-        (model, weights, width, height, inputs.get("points"), inputs["steps"]),
+        (model, weights, width, height, *map(inputs.get, ("points", "hires", "outpaint")), inputs["steps"]),
     )
     if not rows:
         return None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gen import catalog, loader
+from gen import catalog, image_inputs, loader
 from gen.outputs import OUTPUTS
 from gen.request import Request
 from weights import registry, store
@@ -112,13 +112,14 @@ def of_request(
     request: Request, facts: registry.Checkpoint, folder: Path, device: str, dtype: str, wish: str = "auto"
 ) -> Plan:
     """The plan for one result of a request; `wish` is Settings.memory. Raises CorruptWeights, GenError."""
-    native = facts.native_size if OUTPUTS[catalog.MODELS[request.model].makes].sized else None
+    sized = OUTPUTS[catalog.MODELS[request.model].makes].sized
+    height, width = image_inputs.seen(request.inputs, facts.native_size) if sized else (None, None)
     return plan(
         folder,
         device,
         dtype,
-        height=request.inputs.get("height", native) or native,
-        width=request.inputs.get("width", native) or native,
+        height=height,
+        width=width,
         rows=1 if request.inputs.get("guidance", 1) <= 1 else 2,
         wish=wish,
     )
