@@ -51,9 +51,9 @@ def prepare(output: Path | None, results: int, room: int, of: Output = PICTURE) 
                 "Give a folder as the output.",
                 "bad_input",
             )
-        for beside in (output, *(output.with_suffix(of.endings[kind]) for kind in of.always)):
-            if beside.exists():
-                raise _exists(beside)
+        for taken in (output, *(output.with_suffix(of.endings[kind]) for kind in of.always)):
+            if taken.exists():
+                raise _exists(taken)
     elif folder.suffix.lower() in OTHER_FORMATS and not folder.is_dir():
         also = [kind.upper() for kind in of.always[1:]]
         beside = f", with {' and '.join(also)} beside it" if also else ""
