@@ -20,11 +20,12 @@ from gen.outputs import OUTPUTS
 from gen.request import Request
 from weights import registry, store
 
-PROGRAM = 350 * 2**20  # Python and torch with nothing loaded
+PROGRAM = 280 * 2**20  # Python and torch with nothing loaded
 PER_TOKEN = 14  # vectors of the transformer's width: queries, keys, values, four of the feed-forward, copies
-PER_PIXEL = 640  # numbers of a decoder whose narrowest layer has 128 channels
+PER_PIXEL = 880  # numbers of a decoder whose narrowest layer has 128 channels
 TILE = 512 * 512  # pixels decoded at a time when the picture is too large for one go
 ERROR = 0.25  # of what is estimated
+PACKED = ("transformer", "controlnet")  # see pipelines.packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,14 @@ class Plan:
 
     weights: Mapping[str, int]  # of each part that stays in memory
     streamed: Mapping[str, int]  # of each part whose large layers are brought when they are called
+    copies: int  # of what is packed for a CPU, while its pages of the file are there still
     drawing: int  # beside the weights, at most, during a step
     decoding: int
     memory: int  # of the device as a whole
 
     @property
     def peak(self) -> int:
-        return PROGRAM + sum(self.weights.values()) + self.beside
+        return PROGRAM + sum(self.weights.values()) + self.copies + self.beside
 
     @property
     def beside(self) -> int:
@@ -58,6 +60,7 @@ class Plan:
         return {
             "weights_bytes": dict(self.weights),
             "streamed_bytes": dict(self.streamed),
+            "copies_bytes": self.copies,
             "drawing_bytes": self.drawing,
             "decoding_bytes": self.decoding,
             "peak_bytes": self.peak,
@@ -102,6 +105,7 @@ def plan(
     return Plan(
         weights=parts,
         streamed=streamed,
+        copies=sum(parts.get(name, 0) for name in PACKED) if device == "cpu" else 0,
         drawing=drawing,
         decoding=decoding,
         memory=loader.memory(device),

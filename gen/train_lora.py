@@ -224,8 +224,8 @@ def _kept_prompts(
 def _nonsense(caption: str, rng: random.Random) -> str:
     """The caption with other letters in the place of words that the toy world does not know; "" without such.
 
-    The toy tokenizer spells unknown words, so that each of them would come to mean what is learnt. In the
-    same captions as the new word, so that only the word tells the two apart.
+    The toy tokenizer spells unknown words, and each of them comes to mean what is learnt. These, in the same
+    captions as the new word, are meant to tell the two apart; one in eight was measured not to suffice.
     """
     from gen.toy.pixart import vocabulary
 
