@@ -195,11 +195,11 @@ def _looked_at(file: Path, caption: str, smallest: int) -> Captioned:
 
 def _decoded(content: bytes, label: str) -> Image:
     """RGB, upright, transparency laid on white. Raises bad_input for what cannot be read, or moves."""
-    image = pictures._opened(content, label)
+    image = pictures.opened(content, label)
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a second picture in a photo is no frame
         raise GenError(f"{label} has {frames} frames.", "Save the one that is meant.", "bad_input")
-    return pictures._normal(image, label)[0]
+    return pictures.normal(image, label)[0]
 
 
 def _some(names: Sequence[str]) -> str:

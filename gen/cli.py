@@ -50,8 +50,15 @@ def _attempt(arguments: Sequence[str]) -> GenError | None:
     except KeyboardInterrupt:
         return cancelled()
     except Exception as error:
-        # click has an Abort of its own, and a signal while a library is imported may come as an ImportError.
-        return cancelled() if stopped else _usage(error) or _bug(error)
+        # A signal while a library is imported may come as an ImportError.
+        return cancelled() if stopped or _aborted(error) else _usage(error) or _bug(error)
+
+
+def _aborted(error: Exception) -> bool:
+    """What click makes of a KeyboardInterrupt, also where a command took the signal into its own hands."""
+    import click
+
+    return isinstance(error, click.Abort)
 
 
 def _usage(error: Exception) -> GenError | None:

@@ -67,7 +67,10 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
         *(f"{one.label}: {words}." for one in row.inputs if (words := _changes(one, arguments))),
         *filter(None, [of.given_words(given)]),
         *dict.fromkeys(
-            note for alone in distinct if facts.is_toy for note in _unknown(loaded.pipeline, row, alone)
+            note
+            for alone in distinct
+            if facts.is_toy and not loaded.lora  # which may have taught it the word
+            for note in _unknown(loaded.pipeline, row, alone)
         ),
         *adapters.remarks(request.inputs, facts),
         *_slow(loaded),

@@ -34,14 +34,14 @@ class Plan:
 
     weights: Mapping[str, int]  # of each part that stays in memory
     streamed: Mapping[str, int]  # of each part whose large layers are brought when they are called
-    copies: int  # of what is packed for a CPU, while its pages of the file are there still
+    pages: int  # of the file of what was packed or converted for a CPU; the system may drop them
     drawing: int  # beside the weights, at most, during a step
     decoding: int
     memory: int  # of the device as a whole
 
     @property
     def peak(self) -> int:
-        return PROGRAM + sum(self.weights.values()) + self.copies + self.beside
+        return PROGRAM + sum(self.weights.values()) + self.pages + self.beside
 
     @property
     def beside(self) -> int:
@@ -60,7 +60,7 @@ class Plan:
         return {
             "weights_bytes": dict(self.weights),
             "streamed_bytes": dict(self.streamed),
-            "copies_bytes": self.copies,
+            "pages_bytes": self.pages,
             "drawing_bytes": self.drawing,
             "decoding_bytes": self.decoding,
             "peak_bytes": self.peak,
@@ -105,7 +105,7 @@ def plan(
     return Plan(
         weights=parts,
         streamed=streamed,
-        copies=sum(parts.get(name, 0) for name in PACKED) if device == "cpu" else 0,
+        pages=sum(store.size_on_disk(folder / name) for name in PACKED if device == "cpu" and name in parts),
         drawing=drawing,
         decoding=decoding,
         memory=loader.memory(device),

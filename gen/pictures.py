@@ -50,8 +50,8 @@ def keep(source: Any, label: str = "The picture", *, mask: bool = False) -> dict
     if isinstance(source, Mapping) and "data" not in source:
         return reference(source, label)
     source, name = received(source, label, HINT)
-    image = _opened(source, label) if isinstance(source, bytes) else _drawn(source, label)
-    image, changes = _normal(image, label, "black" if mask else "white")
+    image = opened(source, label) if isinstance(source, bytes) else _drawn(source, label)
+    image, changes = normal(image, label, "black" if mask else "white")
     if mask:
         image, changes = _black_and_white(image, changes)
     return {"sha256": _store(image, changes), "name": name or "picture.png"}
@@ -79,19 +79,19 @@ def named(name: str) -> dict[str, str]:
 
 def read(reference: Mapping[str, str]) -> Image:
     """The picture of a reference, RGB or a mask's grey. Raises bad_input when it is gone or was changed."""
-    return _opened(kept(reference), reference["name"])
+    return opened(kept(reference), reference["name"])
 
 
 def is_painted(content: bytes) -> bool:
     """Whether a layer of paint has any. Raises bad_input for what is no picture."""
-    return _opened(content, "The mask").convert("RGBA").getchannel("A").getbbox() is not None
+    return opened(content, "The mask").convert("RGBA").getchannel("A").getbbox() is not None
 
 
 def painted_on(content: bytes, image: Mapping[str, str]) -> Image:
     """A layer of paint as a mask for a kept picture, brought to its size."""
     from PIL import Image
 
-    paint = _opened(content, "The mask").convert("RGBA").getchannel("A")
+    paint = opened(content, "The mask").convert("RGBA").getchannel("A")
     return paint.resize(size(image), Image.Resampling.BILINEAR)
 
 
@@ -228,7 +228,7 @@ def too_large(label: str) -> GenError:
     return GenError(f"{label} is larger than {MOST_BYTES // 2**20} MiB.", "Save it smaller.", "bad_input")
 
 
-def _opened(content: bytes, label: str) -> Image:
+def opened(content: bytes, label: str) -> Image:
     """Decoded, the first frame only. The size is looked at before a pixel is decoded."""
     import warnings
 
@@ -320,7 +320,7 @@ def _check_size(size: tuple[int, int], label: str) -> None:
         )
 
 
-def _normal(image: Image, label: str, ground: str = "white") -> tuple[Image, str]:
+def normal(image: Image, label: str, ground: str = "white") -> tuple[Image, str]:
     """RGB, upright and opaque on this colour, and what was done for that where it is a matter of taste."""
     from PIL import Image, ImageOps
 

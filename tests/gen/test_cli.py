@@ -545,3 +545,15 @@ def test_a_disk_that_fills_up_while_saving_ends_with_6_and_leaves_nothing(gen):
     assert code == 6
     assert leftovers() == kept
     assert len(library.search()) == 1
+
+
+def test_a_training_that_is_stopped_from_within_ends_as_cancelled(monkeypatch, capsys):
+    """Loops take the signal into their own hands, and click makes an Abort of what they raise."""
+    from gen import train
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", stopped)
+    assert cli.execute(["train", "judge:toy"]) == 130
+    assert "bug" not in capsys.readouterr().err
