@@ -69,7 +69,7 @@ def run(request: Request, settings: Settings | None = None) -> Generator[Event, 
         *dict.fromkeys(
             note
             for alone in distinct
-            if facts.is_toy and not loaded.lora  # which may have taught it the word
+            if facts.is_toy and not loaded.loras  # which may have taught it the word
             for note in _unknown(loaded.pipeline, row, alone)
         ),
         *adapters.remarks(request.inputs, facts),
