@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROWS = 512  # queries at a time
+ROWS = 1024  # queries at a time: half as many were a tenth slower on two cores with 32 MiB of shared cache
 SCORES = 2**19  # at a time: 1 MB in bfloat16, which stays in the cache of a core
 
 
