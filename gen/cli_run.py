@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +26,7 @@ from gen.request import (
     Settings,
     value_words,
 )
+from gen.texts import read_text
 
 TYPED = 3  # the rank of what stands on the command line itself
 RANKS = {ParameterSource.COMMANDLINE: TYPED, ParameterSource.ENVIRONMENT: 2, ParameterSource.DEFAULT_MAP: 1}
@@ -319,29 +319,14 @@ def _texts(words: Sequence[str], flags: Sequence[str], file: str | None) -> list
     if len(ways) > 1:
         raise GenError(f"Prompts come from {' and '.join(ways)} at once.", "Use one of them.", "bad_input")
     if file is None:
-        return [_read("-") if text == "-" else text for text in ([" ".join(words)] if words else flags)]
-    texts = [line.strip() for line in _read(file).splitlines() if line.strip()]
+        return [
+            read_text("-", FILE_LIMIT) if text == "-" else text
+            for text in ([" ".join(words)] if words else flags)
+        ]
+    texts = [line.strip() for line in read_text(file, FILE_LIMIT).splitlines() if line.strip()]
     if not texts:
         raise GenError(f"No line of {file} holds a prompt.", "Write one prompt a line.", "bad_input")
     return texts
-
-
-def _read(name: str) -> str:
-    """The text of a file, or of stdin for '-'."""
-    try:
-        if name == "-":
-            raw = sys.stdin.buffer.read(FILE_LIMIT + 1)
-        else:
-            with Path(name).open("rb") as file:
-                raw = file.read(FILE_LIMIT + 1)
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
-        raise GenError(f"Cannot read {name}: {error.strerror}.", "Check the name.", "bad_input") from None
-    except UnicodeDecodeError:
-        raise GenError(f"{name} is not UTF-8 text.", "Save it as UTF-8.", "bad_input") from None
-    if len(raw) > FILE_LIMIT:
-        raise GenError(f"{name} is longer than {FILE_LIMIT // 2**20} MiB.", "Split it up.", "bad_input")
-    return text
 
 
 # --- repeating ----------------------------------------------------------------------------------------

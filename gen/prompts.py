@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gen.errors import GenError, did_you_mean
+from gen.texts import read_text
 from weights import store
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def styles() -> dict[str, Style]:
     if not path.exists():
         return dict(STYLES)
     try:
-        found = json.loads(_text_of(path))
+        found = json.loads(read_text(path, FILE_LIMIT, "Check the file."))
     except ValueError as error:
         message = f"{path} is not JSON: {error}."
         raise GenError(message, "Mend the file or move it away.", "bad_input") from None
@@ -169,7 +170,7 @@ class Wildcards:
             known = f"Known are {_listed(self.files)}." if self.files else f"There are none in {_folders()}."
             hint = f"{did_you_mean(name[:60], self.files) or known} {plain}"
             raise GenError(f"There is no wildcard '{name[:60]}'.", hint, "bad_input")
-        lines = [line.strip() for line in _text_of(path).splitlines()]
+        lines = [line.strip() for line in read_text(path, FILE_LIMIT, "Check the file.").splitlines()]
         lines = [line for line in lines if line and not line.startswith("#")]
         if not lines:
             raise GenError(f"No line of {path} holds words.", "Write one choice a line.", "bad_input")
@@ -242,20 +243,6 @@ def _listed(known: Mapping[str, Any]) -> str:
 
 def _folders() -> str:
     return " or ".join(map(str, wildcard_folders()))
-
-
-def _text_of(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(FILE_LIMIT + 1)
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
-        raise GenError(f"Cannot read {path}: {error.strerror}.", "Check the file.", "bad_input") from None
-    except UnicodeDecodeError:
-        raise GenError(f"{path} is not UTF-8 text.", "Save it as UTF-8.", "bad_input") from None
-    if len(raw) > FILE_LIMIT:
-        raise GenError(f"{path} is longer than {FILE_LIMIT // 2**20} MiB.", "Split it up.", "bad_input")
-    return text
 
 
 # --- Requests -----------------------------------------------------------------------------------------

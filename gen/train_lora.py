@@ -34,6 +34,7 @@ from gen import captioned, catalog, library, loader
 from gen.errors import GenError
 from gen.optim import MuonAdamW, bfloat16_units
 from gen.request import Settings
+from gen.texts import read_text
 from gen.train import Schedule, fit
 from pipelines import lora_training
 from pipelines.attention import set_attention
@@ -52,6 +53,7 @@ EMPTY, SWAPPED = 0.1, 0.25
 HOLD = 2.0  # weight of drift: a fraction of the error that is learnt away, and guidance multiplies it
 KEPT_STEPS = 20  # in which pictures to keep are drawn
 MOST_KEPT = 200
+MOST_PROMPTS = 2**24  # bytes of prompts for them
 CHECKPOINT = "lora"  # the task's name, and its file's
 
 
@@ -208,14 +210,7 @@ def _kept_prompts(
             (number % 8 == 7 and _nonsense(rng.choice(captions), rng)) or describe(next(stream), rng).text
             for number in range(count)
         ]
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise GenError(
-            f"Cannot read {file}: {error.strerror}.", "Check --keep-prompts.", "bad_input"
-        ) from None
-    except ValueError:
-        raise GenError(f"{file} is not text in UTF-8.", "Save it as UTF-8.", "bad_input") from None
+    lines = [line.strip() for line in read_text(file, MOST_PROMPTS, "Check --keep-prompts.").splitlines()]
     if not any(lines):
         raise GenError(f"{file} holds no prompts.", "Write one into each line.", "bad_input")
     return [line for line in lines if line]

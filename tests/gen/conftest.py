@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gen import engine
+from gen import cli, engine
 from gen.request import Request, Result, Settings
 
 
@@ -71,3 +71,15 @@ def draw(installed):
         return [*events[-1].results]
 
     return draw
+
+
+@pytest.fixture
+def gen(capsys):
+    """The command line: words to exit code, stdout and stderr."""
+
+    def gen(*arguments: object) -> tuple[int, str, str]:
+        code = cli.execute([str(one) for one in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return gen

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gen import added as add
-from gen import catalog, cli, installed
+from gen import catalog, installed
 from gen.errors import GenError
 from tests.hub_server import connected, pixart, safetensors
 from weights import added, registry, store
@@ -33,16 +33,6 @@ def server(monkeypatch, tmp_path):
         server.publish(SIGMA_512, pixart("transformer", seed=2))
         server.publish(SHARED, pixart("tokenizer", "text_encoder", "vae", "scheduler", seed=4))
         yield server
-
-
-@pytest.fixture
-def gen(capsys):
-    def gen(*arguments: object) -> tuple[int, str, str]:
-        code = cli.execute([str(one) for one in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return gen
 
 
 @pytest.fixture

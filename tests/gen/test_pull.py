@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gen import catalog, cli, pull
+from gen import catalog, pull
 from gen.errors import GenError
 from tests.hub_server import connected, pixart, safetensors
 from weights import hub, registry, store
@@ -43,16 +43,6 @@ def server(monkeypatch, tmp_path):
         server.publish(SIGMA_256, pixart("transformer", seed=3))
         server.publish(SHARED, pixart("tokenizer", "text_encoder", "vae", "scheduler", seed=4))
         yield server
-
-
-@pytest.fixture
-def gen(capsys):
-    def gen(*arguments: object) -> tuple[int, str, str]:
-        code = cli.execute([str(one) for one in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return gen
 
 
 def start(*arguments: str) -> subprocess.Popen:
