@@ -18,6 +18,7 @@ from pipelines.int8 import Int8Linear, choose_product, quantize_linears, quantiz
 from pipelines.lora import LoRA, Pair, merge
 from pipelines.models.dit import DiTTransformer2DModel
 from pipelines.models.dit3d import DiT3DModel
+from pipelines.models.layers import Gelu
 from pipelines.models.network import Network
 from pipelines.models.pixart import PixArtTransformer2DModel
 
@@ -185,6 +186,22 @@ def test_a_network_in_int8_stays_close_to_its_own_float32(name: str, kind: torch
     assert done.bytes_after < done.bytes_before * (0.4 if kind == torch.float32 else 0.7)
     error = ((draw(network) - plain).norm() / plain.norm()).item()
     assert 1e-4 < error < 0.05  # not the same network, and not another one
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_the_quicker_form_of_gelu_adds_nothing_to_the_error(name: str) -> None:
+    build, _ = NETWORKS[name]
+    network, draw = build()
+    plain = draw(loud(network))
+    before = {path: one.approximate for path, one in network.named_modules() if isinstance(one, Gelu)}
+    network.to(torch.bfloat16)
+    quantize_linears(network, smallest=1)
+    exact = draw(network)
+    for path, form in before.items():
+        network.get_submodule(path).approximate = form
+    errors = [((one - plain).norm() / plain.norm()).item() for one in (exact, draw(network))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
 
 
 @torch.no_grad()
