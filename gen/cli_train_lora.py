@@ -39,7 +39,7 @@ LAYERS = ("attn", "attn+ff", "all")  # as pipelines.lora_training has them, whic
     help="Which learn: attention, feed-forward as well, or every linear layer.",
 )
 @click.option(
-    "--steps", type=click.IntRange(1, 1_000_000), default=600, show_default=True, help="Steps in all."
+    "--steps", type=click.IntRange(1, 1_000_000), default=1200, show_default=True, help="Steps in all."
 )
 @click.option(
     "--batch", type=click.IntRange(1, 4096), help="Pictures a step: 32 for embedded weights, else 1."
@@ -59,7 +59,7 @@ LAYERS = ("attn", "attn+ff", "all")  # as pipelines.lora_training has them, whic
     "--keep-prompts",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="What is to stay, one prompt a line; embedded weights have prompts of their own.",
+    help="What is to stay, a prompt a line, 1000 at most; embedded weights have prompts of their own.",
 )
 @click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), help="Stop in good order after this time."

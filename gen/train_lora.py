@@ -3,9 +3,11 @@
 What the autoencoder and the text encoder make of pictures and captions is computed once and kept; only the
 small adapter learns (`pipelines.lora_training`), in the loop of `gen.train`, which can be stopped and started
 at any moment. So that the rest is not forgotten, a share of every batch is about other prompts: latents that
-the model drew for them itself, at any noise, for which the adapted network must answer what the plain one
-answers. This is prior preservation (Ruiz et al. 2022, arXiv:2208.12242) with the plain network's answer in
-the place of the noise: what was drawn with guidance would teach the guidance as well, an answer does not.
+the model drew itself, at any noise, for which the adapted network must answer what the plain one answers.
+This is prior preservation (Ruiz et al. 2022, arXiv:2208.12242) with the plain network's answer in the place
+of the noise: what was drawn with guidance would teach the guidance as well, an answer does not. And since an
+answer can be had for any latents and any words, they need not belong together: many more prompts are said
+than drawn.
 
 A run lives in `.train/lora-NAME` (or under GEN_TRAIN_DIR), NAME being that of the output: `cache` with what
 was encoded and drawn, `run.json` with what it is about, the checkpoint `lora.safetensors`, and the log.
@@ -47,12 +49,12 @@ from weights import registry, store
 
 TRAINABLE = ("pixart-sigma",)
 FEW = 2  # pictures; with fewer there is a warning
-# Of the rows that keep the rest: with the empty caption, which guidance leans on, and with another row's, for
-# what the network answers is to stay the same whatever it is shown and told.
-EMPTY, SWAPPED = 0.1, 0.25
-HOLD = 2.0  # weight of drift: a fraction of the error that is learnt away, and guidance multiplies it
+# Of the rows that keep the rest: with the empty caption, which guidance leans on, and with any other
+EMPTY, OTHER = 0.1, 0.4
+HOLD = 4.0  # weight of drift: a fraction of the error that is learnt away, and guidance multiplies it
 KEPT_STEPS = 20  # in which pictures to keep are drawn
-MOST_KEPT = 200
+MOST_KEPT, MOST_SAID = 200, 1000  # prompts that are drawn, and that are said
+PER_PICTURE = 4, 20  # at most so many of both for each picture to learn
 MOST_PROMPTS = 2**24  # bytes of prompts for them
 CHECKPOINT = "lora"  # the task's name, and its file's
 
@@ -64,7 +66,7 @@ class Plan:
     rank: int = 16
     alpha: float | None = None  # None: the rank, which means a strength of 1
     layers: str = "attn+ff"  # a key of pipelines.lora_training.LAYERS
-    steps: int = 600
+    steps: int = 1200
     batch: int | None = None
     learning_rate: float | None = None
     keep_rest: float | None = None  # share of each batch that keeps the rest as it is
@@ -99,7 +101,7 @@ def train(
     row, tag, facts, weights = _weights(model)
     plan = _filled(plan, facts, keep_prompts)
     found = captioned.read_folder(folder, trigger, smallest=max(16, facts.native_size // 4))
-    kept = _kept_prompts(facts, keep_prompts, plan, [one.caption for one in found])
+    kept = _kept_prompts(facts, keep_prompts, plan, len(found))
     work = _work(output)
     _check_output(output)
     about = {
@@ -119,6 +121,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     chosen, dtype = loader.choose_device(Settings(device=device), store.parameters(weights))
+    kept = kept[:MOST_SAID]
     cache = Cache(work / "cache", f"{about['fingerprint']}:{dtype}", report)
     with _taught(work):
         task = _prepare(weights, chosen, dtype, found, kept, plan, cache, report)
@@ -193,44 +196,22 @@ def _filled(plan: Plan, facts: registry.Checkpoint, keep_prompts: Path | None) -
     )
 
 
-def _kept_prompts(
-    facts: registry.Checkpoint, file: Path | None, plan: Plan, captions: Sequence[str]
-) -> list[str]:
-    """What the rest is: the lines of the file; for the embedded weights, captions of their own world."""
+def _kept_prompts(facts: registry.Checkpoint, file: Path | None, plan: Plan, pictures: int) -> list[str]:
+    """What the rest is: the lines of the file; for the embedded weights, captions of their own world. The
+    first of them are drawn."""
     if not plan.keep_rest:
         return []
     if file is None:
         from gen.toy.words import describe
         from gen.toy.world import scenes
 
-        count = min(MOST_KEPT, 4 * len(captions))
         rng = random.Random(f"keep:{plan.seed}")
         stream = scenes(plan.seed, start=10**6)  # far from those that other trainings see
-        return [
-            (number % 8 == 7 and _nonsense(rng.choice(captions), rng)) or describe(next(stream), rng).text
-            for number in range(count)
-        ]
+        return [describe(next(stream), rng).text for _ in range(min(MOST_SAID, PER_PICTURE[1] * pictures))]
     lines = [line.strip() for line in read_text(file, MOST_PROMPTS, "Check --keep-prompts.").splitlines()]
     if not any(lines):
         raise GenError(f"{file} holds no prompts.", "Write one into each line.", "bad_input")
     return [line for line in lines if line]
-
-
-def _nonsense(caption: str, rng: random.Random) -> str:
-    """The caption with other letters in the place of words that the toy world does not know; "" without such.
-
-    The toy tokenizer spells unknown words, and each of them comes to mean what is learnt. These, in the same
-    captions as the new word, are meant to tell the two apart; one in eight was measured not to suffice.
-    """
-    from gen.toy.pixart import vocabulary
-
-    known = {piece.removeprefix("▁") for piece, _ in vocabulary()}
-    words = caption.lower().split()
-    strange = [word.strip(".,;:!?") not in known for word in words]
-    if not any(strange):
-        return ""
-    letters = ("".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(3, 7))) for _ in words)
-    return " ".join(other if new else word for word, new, other in zip(words, strange, letters, strict=True))
 
 
 def _notes(
@@ -246,6 +227,8 @@ def _notes(
             f"{len(small)} of {len(found)} pictures are smaller than {facts.native_size} pixels, and are "
             "enlarged"
         )
+    if len(kept) > MOST_SAID:
+        notes.append(f"of the {len(kept)} prompts to keep the first {MOST_SAID} are used")
     if not plan.keep_rest:
         notes.append("nothing holds on to the rest of what the model draws; --keep-prompts FILE would")
     return notes
@@ -385,8 +368,9 @@ def _prepare(
             (latents, states[one.caption])
             for one, latents in zip(found, _encode_pictures(pipeline, found, cache, report), strict=True)
         ]
-        seeds = [plan.seed + number for number in range(len(kept))]
-        drawn = _draw_kept(pipeline, kept, seeds, states, cache, 16 if small else 1, report)
+        asked = kept[: min(MOST_KEPT, PER_PICTURE[0] * len(found))]
+        seeds = [plan.seed + number for number in range(len(asked))]
+        drawn = _draw_kept(pipeline, asked, seeds, states, cache, 16 if small else 1, report)
     pipeline.text_encoder = pipeline.vae = None  # neither is needed any more, and they may be large
     transformer = pipeline.transformer
     torch.manual_seed(plan.seed)
@@ -399,7 +383,8 @@ def _prepare(
         transformer,
         adapters,
         samples,
-        [(latents, states[text]) for text, latents in zip(kept, drawn, strict=True)],
+        [(latents, states[text]) for text, latents in zip(asked, drawn, strict=True)],
+        said=[states[text] for text in kept],
         empty=states[""],
         scheduler=pipeline.scheduler,
         keep=plan.keep_rest or 0.0,
@@ -569,6 +554,7 @@ class LoraTask:
         samples: Sequence[Row],  # to be learnt
         kept: Sequence[Row],  # to stay as they are
         *,
+        said: Sequence[Tensor] = (),  # states of more captions, whose meaning is to stay
         empty: Tensor,  # states of the empty caption
         scheduler: Any,
         keep: float,
@@ -586,6 +572,7 @@ class LoraTask:
         )
         self.noise = Noise(scheduler, device)
         self.samples, self.kept = _alike(samples), _alike(kept)
+        self.said = said or [states for _, states in kept]
         self.empty, self.keep, self.pixels, self.seed = empty, keep if kept else 0.0, pixels, seed
         self.before: dict[str, float] | None = None
         self.seed_data("")
@@ -638,11 +625,12 @@ class LoraTask:
         return torch.stack([group[pick][0] for pick in picks]), [group[pick][1] for pick in picks]
 
     def _varied(self, latents: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Some captions emptied, and some exchanged for those of the row before."""
+        """Some captions emptied, and some exchanged for any other."""
         chance = torch.rand(len(states), generator=self.rng).tolist()
+        others = torch.randint(len(self.said), (len(states),), generator=self.rng).tolist()
         return latents, [
-            self.empty if one < EMPTY else states[row - 1] if one < EMPTY + SWAPPED else states[row]
-            for row, one in enumerate(chance)
+            self.empty if one < EMPTY else self.said[other] if one < EMPTY + OTHER else own
+            for one, other, own in zip(chance, others, states, strict=True)
         ]
 
     def _noisy(self, x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,7 +80,7 @@ def test_the_second_start_encodes_and_draws_nothing_and_goes_on(teach, tmp_path:
     assert any(line.startswith("drew 24 of 24 pictures") for line in first)
     folder, second = teach(replace(SMALL, steps=20))
     assert "6 pictures: 0 encoded, 6 from the last time" in second
-    assert any(line.endswith("captions: 0 encoded, 31 from the last time") for line in second)
+    assert any(line.endswith("captions: 0 encoded, 127 from the last time") for line in second)
     assert not any(line.startswith("drew") for line in second)
     assert "lora: goes on from step 12" in second
     assert facts(folder)["steps"] == "20"
@@ -179,6 +179,30 @@ def test_keeping_the_rest_makes_it_drift_less_while_the_new_is_learnt() -> None:
     assert free["new"] < 0.95 * free["new before"]
     assert held["new"] < 0.95 * held["new before"]
     assert held["drift"] < 0.7 * free["drift"]
+
+
+def test_what_is_kept_is_shown_under_its_own_words_under_none_and_under_others() -> None:
+    one = task(0.5)
+    one.said = [torch.randn(2, 20) for _ in range(3)]
+    told = [0] * 5
+    for _ in range(60):
+        latents, own = one._pick(one.kept, 8, one.rng)
+        for mine, words in zip(own, one._varied(latents, own)[1], strict=True):
+            told[next(n for n, other in enumerate([mine, one.empty, *one.said]) if words is other)] += 1
+    assert told[0] / sum(told) == pytest.approx(1 - train_lora.EMPTY - train_lora.OTHER, abs=0.08)
+    assert told[1] / sum(told) == pytest.approx(train_lora.EMPTY, abs=0.05)
+    assert all(told[2:])
+
+
+def test_the_first_prompts_of_the_rest_are_drawn_and_more_are_said(
+    teach, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(train_lora, "MOST_SAID", 40)
+    (tmp_path / "rest.txt").write_text("\n".join(f"a red cube number {n}" for n in range(50)))
+    _, said = teach(replace(SMALL, steps=1), keep_prompts=tmp_path / "rest.txt")
+    assert any(line.startswith("drew 24 of 24 pictures") for line in said)  # four for each of six
+    assert "note: of the 50 prompts to keep the first 40 are used" in said
+    assert any(line.startswith("47 captions: ") for line in said)  # forty, six, and none
 
 
 def test_a_network_in_bfloat16_is_taught_by_halves_in_float32() -> None:
