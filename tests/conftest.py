@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ WORDS = """
     red green blue yellow orange purple pink cyan white black gray grey brown cube sphere cylinder cone
     torus pyramid capsule prism ball ring small medium large tiny big matte shiny metal rubber glossy
 """
+
+# Started in the background by a shell, a process has Ctrl-C ignored, and so have those it starts: tests that
+# press it would wait for nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -478,17 +478,14 @@ def test_help_and_list_start_quickly_and_import_nothing_heavy():
     assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0, 0, 2] []"
 
 
-def test_help_costs_less_than_three_tenths_of_a_second():
-    """Processor time, the best of three: the wall clock would measure what else runs on the machine."""
-
-    def seconds() -> float:
-        before = os.times()
-        with process("--help", stdout=subprocess.DEVNULL) as child:
-            assert child.wait() == 0
-        after = os.times()
-        return after.children_user + after.children_system - before.children_user - before.children_system
-
-    assert min(seconds() for _ in range(3)) < 0.3
+def test_help_reads_few_modules():
+    """What its time goes into; seconds themselves would judge the machine and what else runs on it."""
+    program = (
+        "import sys; before = set(sys.modules); from gen import cli\n"
+        "cli.execute(['--help']); print(len(set(sys.modules) - before), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stderr) < 170
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
