@@ -309,7 +309,7 @@ def test_known_points_are_uploaded_stay_and_come_back_from_the_history(
         page.locator("#history").get_by_role("button", name="mug").first.click()
         page.get_by_role("button", name="Use this recipe").click()
         expect(form.get_by_label("number input for Points")).to_have_value("120")
-        page.wait_for_timeout(3000)  # the form is made anew, open or closed
+        page.wait_for_timeout(1500)  # the form is made anew, open or closed
         if not field.is_visible():
             form.get_by_role("button", name="More").click()
         expect(field).to_contain_text("a leg")
@@ -393,7 +393,7 @@ def test_a_mask_is_painted_on_a_picture_and_only_there_it_is_drawn_anew(
         expect(form.get_by_label("number input for Height")).to_have_value("96")
         canvas = editor.locator("canvas").first
         expect(canvas).to_be_visible()
-        page.wait_for_timeout(3000)  # until the picture lies on it
+        page.wait_for_timeout(1500)  # until the picture lies on it
         form.locator("#pixart-sigma-prompt textarea").fill("painted over")
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
@@ -424,7 +424,7 @@ def test_a_mask_is_painted_on_a_picture_and_only_there_it_is_drawn_anew(
         page.locator("#history").get_by_role("button", name="painted over").first.click()
         page.get_by_role("button", name="Use this recipe").click()
         expect(editor.locator("canvas").first).to_be_visible()
-        page.wait_for_timeout(3000)
+        page.wait_for_timeout(1500)
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("#history").get_by_role("button", name="painted over")).to_have_count(2)
         again = np.asarray(Image.open(others.files[-1]).convert("RGB"))

@@ -201,7 +201,7 @@ def test_the_quicker_form_of_gelu_adds_nothing_to_the_error(name: str) -> None:
     for path, form in before.items():
         network.get_submodule(path).approximate = form
     errors = [((one - plain).norm() / plain.norm()).item() for one in (exact, draw(network))]
-    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    assert errors[0] < 1.03 * errors[1]
 
 
 @torch.no_grad()
